@@ -1,0 +1,40 @@
+"""See where a Vision Transformer looks.
+
+Example:
+    >>> import vitviz
+    >>> model = vitviz.load_model("deit_tiny")
+    >>> maps = vitviz.rollout(model, ["cat.jpg", "dog.jpg"], discard=0.9)
+    >>> maps[0].relevance  # float32 (rows, cols)
+    >>> maps[0].overlay()  # a Pillow image, which shows itself in a notebook
+
+Importing this package loads no torch; the first use of a name does.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Explanation": "vitviz.explanation",
+    "Fit": "vitviz.options",
+    "HeadFusion": "vitviz.options",
+    "Model": "vitviz.models",
+    "Prediction": "vitviz.explanation",
+    "VitvizError": "vitviz.errors",
+    "grad_rollout": "vitviz.api",
+    "load_model": "vitviz.models",
+    "rollout": "vitviz.api",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""Run the command line with ``python -m vitviz``."""
+
+from vitviz.cli import main
+
+main()

@@ -1,0 +1,73 @@
+"""The mistakes that vitviz explains to its user; everything else is a bug and keeps its traceback.
+
+Every message says what was found, what was expected and what to try, on one line.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CaptureError",
+    "DeviceError",
+    "ImageError",
+    "LabelError",
+    "ModelError",
+    "OptionError",
+    "OutputError",
+    "SourceError",
+    "UnsupportedModelError",
+    "VitvizError",
+    "WeightsError",
+    "printable",
+]
+
+
+class VitvizError(Exception):
+    """Base of all errors that are the user's to mend."""
+
+
+class OptionError(VitvizError):
+    """An option has a value outside its range."""
+
+
+class DeviceError(VitvizError):
+    """The device asked for is not on this machine."""
+
+
+class SourceError(VitvizError):
+    """The sources name no image, or two that would write the same files."""
+
+
+class ModelError(VitvizError):
+    """No model of that name, or it cannot be built as asked."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model exists, but the method is not defined for it."""
+
+
+class WeightsError(ModelError):
+    """The weights are missing, unreadable or do not fit the model."""
+
+
+class LabelError(VitvizError):
+    """A class name or a label file does not fit the model."""
+
+
+class CaptureError(VitvizError):
+    """The attention calls seen while the model ran are not the ones its layout promises."""
+
+
+class ImageError(VitvizError):
+    """One image cannot be read, explained or fitted; the others go on."""
+
+
+class OutputError(VitvizError):
+    """A result cannot be written where it belongs."""
+
+
+def printable(text: str) -> str:
+    """Show control characters and stray bytes instead of sending them to a terminal."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
+        for char in text
+    )

@@ -1,0 +1,188 @@
+"""What a user may choose: enums and frozen dataclasses, checked once, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from vitviz.errors import OptionError
+
+__all__ = [
+    "Colormap",
+    "Fit",
+    "HeadFusion",
+    "Job",
+    "Kind",
+    "Method",
+    "MethodOptions",
+    "PictureOptions",
+]
+
+
+class _Word(str, Enum):
+    """An enum whose members are the words that a user types."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Method(_Word):
+    """How attention becomes relevance."""
+
+    ROLLOUT = "rollout"
+    GRAD_ROLLOUT = "grad-rollout"
+
+
+class HeadFusion(_Word):
+    """How the heads of one block become one map."""
+
+    MEAN = "mean"
+    MAX = "max"
+    MIN = "min"
+
+
+class Fit(_Word):
+    """How an image of any shape is brought to what the model takes."""
+
+    SQUASH = "squash"
+    CROP = "crop"
+    NATIVE = "native"
+
+
+class Kind(_Word):
+    """What is written for each map."""
+
+    OVERLAY = "overlay"
+    HEATMAP = "heatmap"
+    PANEL = "panel"
+    NPY = "npy"
+
+
+class Colormap(_Word):
+    """OpenCV's colour tables."""
+
+    TURBO = "turbo"
+    JET = "jet"
+    HOT = "hot"
+    VIRIDIS = "viridis"
+    PLASMA = "plasma"
+    INFERNO = "inferno"
+    MAGMA = "magma"
+    CIVIDIS = "cividis"
+    PARULA = "parula"
+    BONE = "bone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """How maps are computed.
+
+    Attributes:
+        method: Plain rollout, or rollout weighted with a class's gradient.
+        discard: Share of the lowest fused attention set to 0, per image and block, in [0, 1).
+        start_layer: Blocks before this one are left out; blocks count from 0.
+        head_fusion: Reduction over heads; ``rollout`` only.
+        classes: Class requests as typed (an index, a label, ``top1``, ``top5``);
+            ``grad-rollout`` only.
+    """
+
+    method: Method = Method.ROLLOUT
+    discard: float = 0.9
+    start_layer: int = 0
+    head_fusion: HeadFusion = HeadFusion.MAX
+    classes: tuple[str, ...] = ("top1",)
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            OptionError: A value is outside its range.
+        """
+        if not 0 <= self.discard < 1:
+            raise OptionError(
+                f"--discard is {self.discard:g}, but it is the share of attention set to zero: "
+                "give a number from 0 up to, not including, 1 (0.9, say)"
+            )
+        if self.start_layer < 0:
+            raise OptionError(f"--start-layer is {self.start_layer}; blocks count from 0")
+
+    def described(self) -> dict[str, str | float]:
+        """Return the options that shape this method's maps, for records and provenance."""
+        options: dict[str, str | float] = {"discard": self.discard, "start_layer": self.start_layer}
+        if self.method is Method.ROLLOUT:
+            options["head_fusion"] = self.head_fusion.value
+        return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """How maps become files.
+
+    Attributes:
+        kinds: What to write for each map.
+        colormap: Table from relevance to colour.
+        alpha: Weight of the heat in an overlay, in [0, 1].
+        max_size: Longest side of the pictures, in pixels.
+    """
+
+    kinds: tuple[Kind, ...] = (Kind.OVERLAY,)
+    colormap: Colormap = Colormap.TURBO
+    alpha: float = 0.5
+    max_size: int = 1024
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            OptionError: A value is outside its range.
+        """
+        if not 0 <= self.alpha <= 1:
+            raise OptionError(f"--alpha is {self.alpha:g}; give the weight of the heat from 0 to 1")
+        if self.max_size < 1:
+            raise OptionError(f"--max-size is {self.max_size}; give a side of at least 1 pixel")
+
+    def described(self, kind: Kind) -> dict[str, str | float]:
+        """Return the options that shape a file of this kind, for records and provenance."""
+        if kind is Kind.NPY:
+            return {}
+        options: dict[str, str | float] = {
+            "colormap": self.colormap.value,
+            "max_size": self.max_size,
+        }
+        if kind is not Kind.HEATMAP:
+            options["alpha"] = self.alpha
+        return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to do with each image.
+
+    Attributes:
+        method: How maps are computed.
+        pictures: How they become files.
+        fit: How images are brought to the model's size.
+        output: Folder to write to.
+        skip_existing: Leave out images whose files are there, made by the same recipe.
+        batch_size: Images run at once; None: chosen by the number of tokens.
+        workers: Threads for decoding and for writing; None: as many as cores.
+    """
+
+    method: MethodOptions = MethodOptions()
+    pictures: PictureOptions = PictureOptions()
+    fit: Fit = Fit.SQUASH
+    output: Path = Path("vitviz-out")
+    skip_existing: bool = False
+    batch_size: int | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            OptionError: A value is outside its range.
+        """
+        for name, count in (("--batch-size", self.batch_size), ("--workers", self.workers)):
+            if count is not None and count < 1:
+                raise OptionError(f"{name} is {count}; give a number from 1 up, or auto")
