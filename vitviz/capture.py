@@ -1,0 +1,275 @@
+"""Records of each attention call while a model runs; never changes what the model computes.
+
+timm's fused attention ends in one function, ``scaled_dot_product_attention``. A torch function
+mode sees every call of it with its queries and keys, so nothing has to be known about modules,
+and nothing has to be switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from vitviz.errors import CaptureError
+
+__all__ = ["AttentionCapture", "AttentionRecord", "output_gradients"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionRecord:
+    """One call of attention: what is needed to compute any part of its probabilities.
+
+    Attributes:
+        query: (batch, heads, queries, head_dim).
+        key: (batch, key_heads, keys, head_dim); key_heads divides heads.
+        value: (batch, key_heads, keys, value_dim).
+        output: (batch, heads, queries, value_dim), before heads are joined; None unless it can be
+            differentiated through.
+        bias: Added to the scores, broadcastable to (batch, heads, queries, keys), or None.
+        scale: Factor on the scores.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor | None
+    bias: Tensor | None
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the probabilities: (batch, heads, queries, keys)."""
+        batch, heads, queries, _ = self.query.shape
+        return batch, heads, queries, self.key.shape[-2]
+
+    def probabilities(self, images: slice, queries: slice) -> Tensor:
+        """Compute attention probabilities for some images and some queries.
+
+        Returns:
+            (images, heads, queries, keys), float32 or wider; each row sums to 1.
+        """
+        query = _exact(self.query[images, :, queries])
+        key = self._per_head(self.key[images])
+        scores = (query * self.scale) @ key.transpose(-2, -1)
+        if self.bias is not None:
+            scores = scores + self._bias(images, queries)
+        return scores.softmax(dim=-1)
+
+    def probability_gradients(self, gradient: Tensor, images: slice, queries: slice) -> Tensor:
+        """Compute ∂y/∂A = (∂y/∂O)·Vᵀ per head for some images and some queries.
+
+        Args:
+            gradient: ∂y/∂O for the whole batch, shaped as ``output``.
+            images: Which images of the batch.
+            queries: Which rows.
+
+        Returns:
+            (images, heads, queries, keys), the gradient with respect to the probabilities.
+        """
+        value = self._per_head(self.value[images])
+        return _exact(gradient[images, :, queries]) @ value.transpose(-2, -1)
+
+    def _per_head(self, shared: Tensor) -> Tensor:
+        """Repeat grouped keys or values (images, key_heads, …) so that each head has its own."""
+        repeats = self.query.shape[1] // shared.shape[1]
+        return _exact(shared.repeat_interleave(repeats, dim=1) if repeats > 1 else shared)
+
+    def _bias(self, images: slice, queries: slice) -> Tensor:
+        assert self.bias is not None
+        bias = _exact(self.bias)
+        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+        if bias.shape[0] > 1:
+            bias = bias[images]
+        return bias[:, :, queries] if bias.shape[2] > 1 else bias
+
+
+class AttentionCapture:
+    """Collects the attention of every forward pass made inside ``with``, in execution order.
+
+    Example:
+        >>> with AttentionCapture(model) as capture, torch.no_grad():
+        ...     logits = model(images)
+        >>> len(capture.take())
+        12
+
+    Inside, the model is in evaluation mode, fused attention is on (TIMM_FUSED_ATTN=0 switches it
+    off), no block runs twice to save memory, and no parameter asks for a gradient; outside it is
+    as it was, also after an error. The capture belongs to the thread that entered it: run the
+    model there.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        first_gradient: int | None = None,
+        on_record: Callable[[AttentionRecord], None] | None = None,
+    ) -> None:
+        """Prepare the capture of a module.
+
+        Args:
+            module: The model.
+            first_gradient: From this call on, outputs can be differentiated through; None: never.
+            on_record: Takes each record at once, instead of keeping it for ``take``.
+        """
+        self._module = module
+        self._first_gradient = first_gradient
+        self._records: list[AttentionRecord] = []
+        self._stack = ExitStack()
+        self._on_record = on_record or self._records.append
+
+    def __enter__(self) -> AttentionCapture:
+        """Start recording."""
+        with ExitStack() as stack:
+            stack.callback(self._records.clear)
+            stack.enter_context(_attributes(self._module.modules(), "training", False))
+            stack.enter_context(_switched(self._module, "fused_attn", True))
+            stack.enter_context(_switched(self._module, "grad_checkpointing", False))
+            stack.enter_context(_attributes(self._module.parameters(), "requires_grad", False))
+            stack.enter_context(_SdpaMode(self._record))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop recording and leave the model as it was."""
+        self._stack.close()
+
+    def take(self, expected: int | None = None) -> list[AttentionRecord]:
+        """Hand out the records of the forward pass just made, and forget them.
+
+        Args:
+            expected: Number of attention calls that the model's layout promises.
+
+        Raises:
+            CaptureError: Another number of calls was seen.
+        """
+        records, self._records[:] = list(self._records), []
+        if expected is not None and len(records) != expected:
+            raise CaptureError(
+                f"saw {len(records)} attention calls in {type(self._module).__name__}, expected "
+                f"{expected}, one for each block: a map from part of them would mislead; "
+                "is the model compiled, wrapped or run in another thread?"
+            )
+        return records
+
+    def _record(self, call: Callable[..., Tensor], arguments: _SdpaArguments) -> Tensor:
+        output = call()
+        first = self._first_gradient
+        if first is not None and len(self._records) >= first and not output.requires_grad:
+            # Where the graph begins: nothing before this output is ever differentiated.
+            output.requires_grad_(True)
+        query, key = arguments.query, arguments.key
+        scale = arguments.scale
+        self._on_record(
+            AttentionRecord(
+                query=query.detach(),
+                key=key.detach(),
+                value=arguments.value.detach(),
+                output=output if output.requires_grad else None,
+                bias=_additive(arguments, query.shape[-2], key.shape[-2]),
+                scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            )
+        )
+        return output
+
+
+def output_gradients(records: list[AttentionRecord], score: Tensor, *, last: bool) -> list[Tensor]:
+    """Compute ∂score/∂O for each record, O being the output of its attention.
+
+    Args:
+        records: Records whose outputs lead to the score, captured with ``first_gradient``.
+        score: Scalar; the images of a batch do not mix, so a sum over them gives each its own.
+        last: Whether this is the last score asked of this forward pass (frees its graph).
+
+    Returns:
+        One tensor for each record, shaped as its ``output``.
+    """
+    outputs = [record.output for record in records if record.output is not None]
+    return list(torch.autograd.grad(score, outputs, retain_graph=not last))
+
+
+@dataclass(frozen=True)
+class _SdpaArguments:
+    """The arguments of ``scaled_dot_product_attention``, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+class _SdpaMode(TorchFunctionMode):
+    """Hands each attention call to a recorder, all else to torch."""
+
+    def __init__(self, recorder: Callable[[Callable[..., Tensor], _SdpaArguments], Tensor]) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._recorder(lambda: func(*args, **kwargs), _SdpaArguments(*args, **kwargs))
+
+
+@contextmanager
+def _attributes(owners: Iterable[Any], name: str, value: bool) -> Iterator[None]:
+    """Set one attribute on many objects, and each back to what it was."""
+    before = [(owner, getattr(owner, name)) for owner in owners]
+    try:
+        for owner, _ in before:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, old in before:
+            setattr(owner, name, old)
+
+
+def _switched(module: nn.Module, name: str, value: bool) -> AbstractContextManager[None]:
+    """Set a switch that some modules of a model have and that stands the other way."""
+    return _attributes(
+        [child for child in module.modules() if getattr(child, name, value) is not value],
+        name,
+        value,
+    )
+
+
+def _additive(arguments: _SdpaArguments, queries: int, keys: int) -> Tensor | None:
+    """Turn a mask of any form into a bias on the scores."""
+    mask = arguments.attn_mask
+    if arguments.is_causal:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=arguments.query.device).tril()
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return bias.masked_fill(~mask, float("-inf"))
+    return mask.detach()
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Widen half precision, in which probabilities would not sum to 1."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,142 @@
+"""One batch through one model: logits and relevance; knows no files and no pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitviz.capture import AttentionCapture, AttentionRecord, output_gradients
+from vitviz.errors import CaptureError, LabelError, OptionError
+from vitviz.labels import ClassRequest, parse_requests
+from vitviz.layout import patch_grid
+from vitviz.models import Model
+from vitviz.options import Method, MethodOptions
+from vitviz.propagation import Fusion, attention_rollout, fuse_heads, fuse_with_gradient
+
+__all__ = ["BatchMaps", "class_requests", "explain_batch"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchMaps:
+    """What a batch gave.
+
+    Attributes:
+        relevance: (batch, maps, rows, cols), float32 on the CPU, before any normalisation.
+        logits: (batch, classes), on the CPU; classes is 0 for a model without a head.
+        class_indices: (batch, maps), the class of each map; None for a class-agnostic method.
+    """
+
+    relevance: Tensor
+    logits: Tensor
+    class_indices: Tensor | None
+
+
+def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, ...]:
+    """Check options against a model and return the classes that maps are asked for.
+
+    Returns:
+        The requests; empty for a class-agnostic method.
+
+    Raises:
+        OptionError: ``start_layer`` leaves no block, or there is no logit to take gradients of.
+        LabelError: A class request fits no class of the model.
+    """
+    if options.start_layer >= model.layout.blocks:
+        raise OptionError(
+            f"--start-layer is {options.start_layer}, but {model.name} has {model.layout.blocks} "
+            f"blocks; give a number from 0 to {model.layout.blocks - 1}"
+        )
+    if options.method is Method.ROLLOUT:
+        return ()
+    if not model.num_classes:
+        raise OptionError(
+            f"{model.name} has no classification head, so there is no class to explain with "
+            f"{options.method}; use rollout, or give a fine-tuned checkpoint with --weights"
+        )
+    requests = parse_requests(options.classes, model.labels, model.num_classes)
+    if not requests:
+        raise LabelError("no class asked for; give an index, a label or top1")
+    return requests
+
+
+def explain_batch(model: Model, images: Tensor, options: MethodOptions) -> BatchMaps:
+    """Run a batch and compute its relevance maps.
+
+    Args:
+        model: The model; it is left as it was.
+        images: (batch, 3, height, width), preprocessed for the model.
+        options: Method and its parameters.
+
+    Raises:
+        CaptureError: The attention seen is not what the model's layout promises.
+        OptionError: The options do not fit the model.
+        LabelError: A class request fits no class of the model.
+    """
+    requests = class_requests(model, options)
+    start = options.start_layer
+    needs_gradient = options.method is Method.GRAD_ROLLOUT
+    first_gradient = start if needs_gradient else None
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(needs_gradient),
+        AttentionCapture(model.module, first_gradient=first_gradient) as capture,
+    ):
+        output = model.module(images.to(model.device))
+        records = capture.take(model.layout.blocks)[start:]
+        logits = (
+            output.detach().float().cpu() if model.num_classes else images.new_empty(len(images), 0)
+        )
+        if needs_gradient:
+            class_indices = _class_indices(logits, requests)
+            fusions = _class_fusions(records, output, class_indices)
+        else:
+            class_indices = None
+            fusions = iter([[fuse_heads(record, options.head_fusion) for record in records]])
+        maps = [_patch_relevance(model, records, each, options, images) for each in fusions]
+    return BatchMaps(relevance=torch.stack(maps, dim=1), logits=logits, class_indices=class_indices)
+
+
+def _class_indices(logits: Tensor, requests: Sequence[ClassRequest]) -> Tensor:
+    """Return the class (batch, maps) of each request, ranks resolved per image."""
+    ranked = logits.argsort(dim=1, descending=True, stable=True)
+    columns = [
+        ranked[:, request.rank - 1]
+        if request.class_index is None
+        else torch.full_like(ranked[:, 0], request.class_index)
+        for request in requests
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def _class_fusions(
+    records: list[AttentionRecord], output: Tensor, class_indices: Tensor
+) -> Iterator[list[Fusion]]:
+    """Yield for each map the gradient-weighted fusion of each block."""
+    last = class_indices.shape[1] - 1
+    for position, classes in enumerate(class_indices.to(output.device).T):
+        score = output.gather(1, classes.unsqueeze(1)).sum()
+        gradients = output_gradients(records, score, last=position == last)
+        yield list(map(fuse_with_gradient, records, gradients))
+
+
+def _patch_relevance(
+    model: Model,
+    records: list[AttentionRecord],
+    fusions: list[Fusion],
+    options: MethodOptions,
+    images: Tensor,
+) -> Tensor:
+    """Compute relevance (batch, rows, cols), the part of wᵀR on the patch tokens."""
+    layout = model.layout
+    tokens = records[-1].shape[-1]
+    if any(record.shape[2:] != (tokens, tokens) for record in records):
+        raise CaptureError("the number of tokens changes between blocks, so maps do not chain")
+    relevance = attention_rollout(
+        records, fusions, layout.readout_weights(tokens), discard=options.discard
+    )
+    height, width = images.shape[-2:]
+    rows, cols = patch_grid(model.module, (height, width), tokens - layout.prefix_tokens)
+    return relevance[:, layout.prefix_tokens :].reshape(-1, rows, cols).float().cpu()

@@ -1,0 +1,217 @@
+"""Finding, reading and naming weights: files of the user's, the model hub and its cache.
+
+Pickled code is never run: torch checkpoints are read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pickle
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitviz.errors import WeightsError
+
+__all__ = ["Checkpoint", "digest_weights", "fetch_from_hub", "mismatch", "read_checkpoint"]
+
+_HUB_SECONDS = 6  # how long the hub may take to say that it is there
+_EMA_KEYS = ("state_dict_ema", "model_ema")
+_STATE_KEYS = ("state_dict", "model", "model_state_dict")
+_PREFIXES = ("_orig_mod.", "module.", "model.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """The tensors of a weights file, unwrapped.
+
+    Attributes:
+        tensors: By parameter name.
+        is_ema: Whether the file held an averaged copy beside the raw weights, which was taken.
+    """
+
+    tensors: dict[str, Tensor]
+    is_ema: bool
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a safetensors file or a torch checkpoint, and unwrap what trainers wrap around it.
+
+    Raises:
+        WeightsError: The file is missing, damaged, holds code, or holds no tensors.
+    """
+    if not path.is_file():
+        raise WeightsError(f"--weights {path} is not a file; give a .safetensors, .pth or .pt file")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    wrapped, is_ema = _unwrap(content)
+    tensors = {name: tensor for name, tensor in wrapped.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise WeightsError(f"--weights {path} holds no tensors; expected a model's state dict")
+    return Checkpoint(tensors=_strip_prefixes(tensors), is_ema=is_ema)
+
+
+def fetch_from_hub(repository: str, filename: str | None) -> Path:
+    """Find a file of a pretrained model in the hub's cache, or download it.
+
+    Args:
+        repository: ``owner/name``, with ``@revision`` where one is meant.
+        filename: The file, or None for the usual names.
+
+    Raises:
+        WeightsError: It is not in the cache, and the hub cannot be reached or does not have it.
+    """
+    import huggingface_hub
+
+    repo_id, _, revision = repository.partition("@")
+    names = _hub_filenames(filename)
+    for name in names:
+        cached = huggingface_hub.try_to_load_from_cache(repo_id, name, revision=revision or None)
+        if isinstance(cached, str):
+            return Path(cached)
+    _require_hub(repository)
+    for name in names:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo_id, name, revision=revision or None))
+        except huggingface_hub.errors.EntryNotFoundError:
+            continue
+        except (huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+            raise WeightsError(
+                f"{repository} could not be downloaded ({_first_line(error)}); "
+                "try again, or give your own file with --weights FILE"
+            ) from error
+    raise WeightsError(f"{repository} has none of {', '.join(names)}; use --weights FILE")
+
+
+def mismatch(tensors: Mapping[str, Tensor], module: nn.Module) -> str:
+    """Name the first missing, unexpected and mis-shaped keys of a checkpoint, in one clause."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    shaped = [
+        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    parts = [
+        f"{len(keys)} {kind} ({keys[0]}{', …' if len(keys) > 1 else ''})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shaped))
+        if keys
+    ]
+    return ", ".join(parts) or "the tensors do not fit"
+
+
+def digest_weights(module: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and persistent buffers, names and shapes included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    import safetensors
+    import safetensors.torch
+
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"--weights {path} is no readable safetensors file: {error}") from error
+    return tensors
+
+
+def _read_torch(path: Path) -> Mapping[str, Any]:
+    try:
+        # timm's training script stores its arguments as a Namespace, which is data alone.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"--weights {path} is no plain torch checkpoint: it is damaged, or holds Python "
+            "objects beside tensors, which are never loaded since loading them can run code; "
+            "save model.state_dict() alone, as .safetensors best of all"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"--weights {path} is no readable torch checkpoint ({_first_line(error)})"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(
+            f"--weights {path} holds a {type(content).__name__}; expected a model's state dict"
+        )
+    return content
+
+
+def _unwrap(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    for key in (*_EMA_KEYS, *_STATE_KEYS):
+        inner = content.get(key)
+        if isinstance(inner, Mapping) and inner:
+            return inner, key in _EMA_KEYS
+    return content, False
+
+
+def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the prefixes that wrappers put before every name, in whatever order they nest."""
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _hub_filenames(filename: str | None) -> list[str]:
+    """List the names that timm would try for a file, safetensors first."""
+    if filename is None:
+        return ["model.safetensors", "pytorch_model.bin"]
+    if filename == "open_clip_pytorch_model.bin":
+        return ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", filename]
+    if Path(filename).suffix not in (".bin", ".pth", ".pt"):
+        return [filename]
+    return [str(Path(filename).with_suffix(".safetensors")), filename]
+
+
+def _require_hub(repository: str) -> None:
+    """Ask once whether the hub answers; left alone, its client retries for almost a minute."""
+    from huggingface_hub import constants
+
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        failures: list[str] = []
+        # A thread, since looking up a name has no time limit of its own.
+        asking = threading.Thread(target=_ask, args=(endpoint, failures), daemon=True)
+        asking.start()
+        asking.join(_HUB_SECONDS)
+        if asking.is_alive():
+            failures.append(f"no answer within {_HUB_SECONDS} s")
+        if not failures:
+            return
+        reason = f"{endpoint} cannot be reached: {failures[0]}"
+    raise WeightsError(
+        f"{repository} is not in the cache of downloaded models and {reason}; "
+        "give your own file with --weights FILE, or run once where the hub can be reached"
+    )
+
+
+def _ask(endpoint: str, failures: list[str]) -> None:
+    request = urllib.request.Request(endpoint, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, whatever it says
+    except (OSError, ValueError) as error:
+        failures.append(_first_line(getattr(error, "reason", error)))
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
