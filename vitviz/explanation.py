@@ -1,0 +1,94 @@
+"""One map of one image, with what is needed to draw it and to say what it is about."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitviz.images import ImageSample
+from vitviz.options import Kind, Method, PictureOptions
+from vitviz.render import color_heat, overlay, panel, place_heat
+
+__all__ = ["Explanation", "Prediction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One of an image's best classes.
+
+    Attributes:
+        class_index: Position among the logits.
+        class_label: Full description, None when the class has no name.
+        score: Probability, by softmax or sigmoid.
+    """
+
+    class_index: int
+    class_label: str | None
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Explanation:
+    """One relevance map.
+
+    Attributes:
+        method: How it was computed.
+        relevance: (rows, cols) float32, before any normalisation.
+        sample: The image.
+        request: Name of the class request (``c281``, ``top1``); None when class-agnostic.
+        class_index: The class that it explains; None when class-agnostic.
+        class_label: That class's full description, if it has one.
+        class_score: That class's score.
+        predictions: The image's five best classes; empty for a model without a head.
+        pictures: How to draw it.
+    """
+
+    method: Method
+    relevance: NDArray[np.float32]
+    sample: ImageSample
+    request: str | None = None
+    class_index: int | None = None
+    class_label: str | None = None
+    class_score: float | None = None
+    predictions: tuple[Prediction, ...] = ()
+    pictures: PictureOptions = PictureOptions()
+
+    def overlay(self) -> Image.Image:
+        """Draw the heat over the image."""
+        return Image.fromarray(self._draw(Kind.OVERLAY))
+
+    def heatmap(self) -> Image.Image:
+        """Draw the heat alone."""
+        return Image.fromarray(self._draw(Kind.HEATMAP))
+
+    def panel(self) -> Image.Image:
+        """Draw image, overlay and heat side by side, under a caption."""
+        return Image.fromarray(self._draw(Kind.PANEL))
+
+    @property
+    def caption(self) -> str:
+        """What the map shows, in one line."""
+        if self.class_index is None:
+            return str(self.method)
+        name = self.class_label or f"class {self.class_index}"
+        return f"{self.method}: {name} ({self.class_score:.0%})"
+
+    def _repr_png_(self) -> bytes:
+        """Show the overlay in a notebook."""
+        buffer = io.BytesIO()
+        self.overlay().save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def _draw(self, kind: Kind) -> NDArray[np.uint8]:
+        options, picture = self.pictures, self.sample.picture
+        heat = place_heat(self.relevance, self.sample.region, picture.shape[:2])
+        if kind is Kind.HEATMAP:
+            return color_heat(heat, options.colormap)
+        blended = overlay(picture, heat, options.colormap, options.alpha)
+        if kind is Kind.OVERLAY:
+            return blended
+        return panel([picture, blended, color_heat(heat, options.colormap)], self.caption)

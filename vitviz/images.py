@@ -1,0 +1,368 @@
+"""Finding images, decoding them, fitting them to a model, and where on them the model looked."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import math
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vitviz.errors import ImageError, SourceError
+from vitviz.options import Fit
+
+__all__ = [
+    "SUFFIXES",
+    "Frame",
+    "ImageFile",
+    "ImageSample",
+    "Region",
+    "Source",
+    "find_sources",
+    "load_sample",
+    "native_size",
+    "read_file",
+    "sample_of",
+]
+
+Pixels = NDArray[np.uint8]
+
+SUFFIXES = frozenset(
+    (".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg")
+    + (".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
+)
+"""Endings that make a file in a folder an image; a file named by itself may have any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One image to explain.
+
+    Attributes:
+        path: Where it is, as the user may open it.
+        key: Its relative path under the output folder, with "/" between the parts.
+    """
+
+    path: Path
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """The part of an image that the model saw, as shares of its width and height in [0, 1]."""
+
+    left: float = 0.0
+    top: float = 0.0
+    right: float = 1.0
+    bottom: float = 1.0
+
+    def pixels(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Return the (rows, cols) that the region covers on a picture of this (height, width)."""
+        height, width = size
+        return _span(self.top, self.bottom, height), _span(self.left, self.right, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """How images are brought to what a model takes.
+
+    Attributes:
+        fit: Squash, crop or native.
+        size: (height, width) that the model takes.
+        patch: (height, width) of a patch.
+        resample: Pillow's filter.
+        crop_pct: Share of the resized image that a crop keeps.
+    """
+
+    fit: Fit
+    size: tuple[int, int]
+    patch: tuple[int, int]
+    resample: Image.Resampling
+    crop_pct: float
+
+    def apply(self, image: Image.Image) -> tuple[Image.Image, Region]:
+        """Fit an RGB image; return what the model sees and where on the image that lies."""
+        height, width = self.size
+        if self.fit is Fit.CROP:
+            return self._crop(image)
+        if self.fit is Fit.NATIVE:
+            height, width = native_size((image.height, image.width), self.size, self.patch)
+        return image.resize((width, height), self.resample), Region()
+
+    def _crop(self, image: Image.Image) -> tuple[Image.Image, Region]:
+        """Resize and cut out the centre, to the pixel as timm evaluates."""
+        height, width = self.size
+        scale = max(
+            math.floor(height / self.crop_pct) / image.height,
+            math.floor(width / self.crop_pct) / image.width,
+        )
+        # The side that sets the scale comes out whole; the tiny excess saves it from rounding.
+        rows = max(int(image.height * scale + 1e-6), height)
+        cols = max(int(image.width * scale + 1e-6), width)
+        top, left = round((rows - height) / 2), round((cols - width) / 2)
+        resized = image.resize((cols, rows), self.resample)
+        return resized.crop((left, top, left + width, top + height)), Region(
+            left=left / cols,
+            top=top / rows,
+            right=(left + width) / cols,
+            bottom=(top + height) / rows,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageFile:
+    """The bytes of an image file.
+
+    Attributes:
+        source: Where it is.
+        content: All of it.
+        digest: SHA-256 of the content.
+    """
+
+    source: Source
+    content: bytes
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSample:
+    """A decoded image: what the model sees, and what people see.
+
+    Attributes:
+        source: Where it comes from.
+        digest: SHA-256 of the file's bytes (of its pixels, if it never was a file).
+        pixels: (height, width, 3) RGB, what the model sees.
+        region: Where on the picture the pixels lie.
+        picture: (height, width, 3) RGB, the original upright, at most ``max_size`` long.
+    """
+
+    source: Source
+    digest: str
+    pixels: Pixels
+    region: Region
+    picture: Pixels
+
+
+def find_sources(
+    arguments: Iterable[str], *, exclude: Path | None = None
+) -> tuple[list[Source], list[str]]:
+    """Turn files, folders and globs into images, in order, each file once.
+
+    Args:
+        arguments: As typed. What does not exist is taken for a file and fails when it is read.
+        exclude: A folder whose content is never taken for input (the output folder).
+
+    Returns:
+        The sources, and the arguments that led to no image.
+
+    Raises:
+        SourceError: Two files would write the same outputs.
+    """
+    excluded = exclude.resolve() if exclude else None
+    by_file: dict[Path, Source] = {}
+    by_key: dict[str, Source] = {}
+    fruitless = []
+    for argument in arguments:
+        found = False
+        for path, root in _expand(argument, excluded):
+            found = True
+            if (file := path.resolve()) in by_file:
+                continue
+            source = Source(path=path, key=_key(path, root))
+            if other := by_key.get(source.key):
+                raise SourceError(
+                    f"{other.path} and {path} would both be written as {source.key}; "
+                    "explain them in two calls with different --output folders"
+                )
+            by_file[file] = by_key[source.key] = source
+        if not found:
+            fruitless.append(argument)
+    return list(by_file.values()), fruitless
+
+
+def read_file(source: Source) -> ImageFile:
+    """Read an image file, without decoding it.
+
+    Raises:
+        ImageError: It cannot be read, is empty, or is no regular file.
+    """
+    try:
+        if not stat.S_ISREG(source.path.stat().st_mode):  # a pipe would make us wait for ever
+            raise ImageError("is not a regular file")
+        content = source.path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    if not content:
+        raise ImageError("is empty")
+    return ImageFile(source=source, content=content, digest=hashlib.sha256(content).hexdigest())
+
+
+def load_sample(file: ImageFile, frame: Frame, max_size: int) -> ImageSample:
+    """Decode and fit an image file.
+
+    Raises:
+        ImageError: It cannot be decoded, or is no image.
+    """
+    return _sample(file.source, file.digest, _decode(file.content), frame, max_size)
+
+
+def sample_of(
+    image: Image.Image | NDArray[Any], name: str, frame: Frame, max_size: int
+) -> ImageSample:
+    """Fit an image that is already in memory.
+
+    Args:
+        image: A Pillow image, or an array (height, width[, 3 or 4]) of uint8.
+        name: What to call it.
+        frame: How to fit it.
+        max_size: Longest side of its picture.
+
+    Raises:
+        ImageError: Its mode or shape is none that Pillow knows.
+    """
+    if not isinstance(image, Image.Image):
+        try:
+            image = Image.fromarray(np.asarray(image))
+        except (TypeError, ValueError) as error:
+            raise ImageError(f"{name}: expected (height, width, 3) uint8 RGB: {error}") from error
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    source = Source(path=Path(name), key=name)
+    return _sample(source, hashlib.sha256(rgb.tobytes()).hexdigest(), rgb, frame, max_size)
+
+
+def native_size(
+    image: tuple[int, int], size: tuple[int, int], patch: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the (height, width) in whole patches nearest to an image's aspect ratio.
+
+    Args:
+        image: (height, width) of the image.
+        size: (height, width) of the model's training, whose number of patches is not exceeded.
+        patch: (height, width) of a patch.
+    """
+    patches = (size[0] // patch[0]) * (size[1] // patch[1])
+    aspect = (image[1] / patch[1]) / (image[0] / patch[0])
+    rows = min(max(round(math.sqrt(patches / aspect)), 1), patches)
+    cols = max(min(round(math.sqrt(patches * aspect)), patches // rows), 1)
+    return rows * patch[0], cols * patch[1]
+
+
+def _expand(argument: str, excluded: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Yield the images of one argument, each with the folder that its key is relative to."""
+    path = Path(argument)
+    if path.is_dir():
+        yield from ((file, path.absolute().parent) for file in _walk(path, excluded))
+    elif not os.path.lexists(path) and glob.has_magic(argument):
+        root = _fixed_part(path)
+        for match in sorted(glob.glob(argument, recursive=True)):  # noqa: PTH207 (any pattern)
+            if Path(match).is_dir():
+                continue
+            if Path(match).suffix.lower() in SUFFIXES and not _within(Path(match), excluded):
+                yield Path(match), root
+    else:
+        yield path, path.absolute().parent
+
+
+def _walk(folder: Path, excluded: Path | None) -> Iterator[Path]:
+    """Yield the images below a folder in a fixed order; hidden files and folders are passed over.
+
+    Links to folders are not followed, so that loops cannot arise.
+    """
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not _within(Path(parent, name), excluded)
+        )
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                yield Path(parent, name)
+
+
+def _within(path: Path, folder: Path | None) -> bool:
+    return folder is not None and path.resolve().is_relative_to(folder)
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """Return the folder that a glob starts from: its parts before the first wildcard."""
+    fixed = Path()
+    for part in pattern.parts:
+        if glob.has_magic(part):
+            break
+        fixed /= part
+    return fixed.absolute()
+
+
+def _key(path: Path, root: Path) -> str:
+    """Name a source relative to the working directory if it lies inside, else to its root."""
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100  (resolves "..", follows no links)
+    here = Path.cwd()
+    base = here if absolute.is_relative_to(here) else Path(os.path.abspath(root))  # noqa: PTH100
+    return absolute.relative_to(base).as_posix()
+
+
+def _decode(content: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"is refused, for it may be a decompression bomb: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("is no image that Pillow can read") from error
+    except Exception as error:  # damaged files make decoders raise almost anything
+        raise ImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Bring any mode to RGB: 16 bits scaled down, transparency laid over white."""
+    if image.mode.startswith(("I", "F")):
+        return _from_wide_range(image).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_wide_range(image: Image.Image) -> Image.Image:
+    """Scale integers of more than 8 bits by 16 bits' range, floats up to 1 by that."""
+    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(values)
+    highest = values.max(initial=0)
+    if image.mode == "F":
+        values *= 255 if highest <= 1 else 1
+    elif highest > 255 or image.mode.startswith("I;16"):
+        values /= 257
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+
+def _sample(
+    source: Source, digest: str, image: Image.Image, frame: Frame, max_size: int
+) -> ImageSample:
+    fitted, region = frame.apply(image)
+    scale = max_size / max(image.size)
+    if scale < 1:
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return ImageSample(
+        source=source,
+        digest=digest,
+        pixels=np.asarray(fitted),
+        region=region,
+        picture=np.asarray(image),
+    )
+
+
+def _span(start: float, stop: float, length: int) -> slice:
+    """Return the pixels of a stretch, at least one."""
+    first = min(round(start * length), length - 1)
+    return slice(first, max(round(stop * length), first + 1))

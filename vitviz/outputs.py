@@ -1,0 +1,196 @@
+"""Files: what they are called, what made them, and how they appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from vitviz.errors import OutputError
+from vitviz.explanation import Explanation, Prediction
+from vitviz.images import Source
+from vitviz.options import Kind, Method
+
+__all__ = [
+    "Provenance",
+    "encode",
+    "output_path",
+    "prepare_folder",
+    "read_provenance",
+    "write_whole",
+]
+
+_PNG_KEY = "vitviz"
+_NAME_BYTES = 255
+_PNG_LEVEL = 1  # five times faster than Pillow's default, for files a tenth larger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What made a file; it travels inside the file.
+
+    Attributes:
+        recipe: All that decides the file's content: the digest of the source's bytes, model,
+            weights, method, options and class request. Equal recipes give equal files.
+        source: The source, as the user named it.
+        source_id: Digest of the source's absolute path.
+        class_index: Which class the map explains.
+        class_label: That class's name.
+        predictions: The image's best classes.
+        versions: Of vitviz, timm and torch.
+    """
+
+    recipe: dict[str, Any]
+    source: str
+    source_id: str
+    class_index: int | None = None
+    class_label: str | None = None
+    predictions: tuple[Prediction, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def same_source(self, other: Provenance) -> bool:
+        """Tell whether two files were made from the same file, or from the same bytes."""
+        mine, its = self.recipe.get("source_sha256"), other.recipe.get("source_sha256")
+        return self.source_id == other.source_id or mine == its
+
+
+def output_path(
+    folder: Path, source: Source, method: Method, request: str | None, kind: Kind
+) -> Path:
+    """Return where a map goes: ``OUT/KEY.METHOD[.CLASS][.KIND].png`` or ``….npy``."""
+    parts = [source.key, method.value]
+    parts += [request] if request else []
+    parts += [kind.value] if kind in (Kind.HEATMAP, Kind.PANEL) else []
+    path = folder / ".".join([*parts, "npy" if kind is Kind.NPY else "png"])
+    return path.with_name(_short(path.name))
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder and make sure that it can be written to.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"--output {folder} cannot be written to: {error.strerror}; choose another folder"
+        ) from error
+
+
+def encode(explanation: Explanation, kind: Kind, provenance: Provenance) -> bytes:
+    """Encode a map as the content of a file of this kind, provenance inside.
+
+    A ``.npy`` file holds two arrays: ``numpy.load`` gives the relevance, and a second ``load``
+    from the same open file the provenance.
+    """
+    text = json.dumps(asdict(provenance), ensure_ascii=True)
+    buffer = io.BytesIO()
+    if kind is Kind.NPY:
+        np.save(buffer, explanation.relevance)
+        np.save(buffer, np.array(text))
+        return buffer.getvalue()
+    draw = {
+        Kind.OVERLAY: explanation.overlay,
+        Kind.HEATMAP: explanation.heatmap,
+        Kind.PANEL: explanation.panel,
+    }
+    info = PngInfo()
+    info.add_text(_PNG_KEY, text)
+    draw[kind]().save(buffer, "PNG", pnginfo=info, compress_level=_PNG_LEVEL)
+    return buffer.getvalue()
+
+
+def read_provenance(path: Path) -> Provenance | None:
+    """Read what made a file; None when vitviz did not make it or it is damaged."""
+    try:
+        text = _npy_text(path) if path.suffix == ".npy" else _png_text(path)
+        fields = json.loads(text)
+        predictions = tuple(Prediction(**entry) for entry in fields.pop("predictions"))
+        return Provenance(**fields, predictions=predictions)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError):
+        return None
+
+
+def write_whole(path: Path, content: bytes, provenance: Provenance) -> None:
+    """Put a file in its place in one step, replacing only what vitviz made from this source.
+
+    Raises:
+        OutputError: Another file is in the way, or the place cannot be written to.
+    """
+    if os.path.lexists(path):
+        found = read_provenance(path)
+        if found is None or not found.same_source(provenance):
+            origin = f"was made from {found.source}" if found else "was not made by vitviz"
+            raise OutputError(f"{path} is in the way and {origin}; move it or use another --output")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path.parent) as temporary:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """Give the path of a new file of this process, gone afterwards if it was not moved away."""
+    handle, name = tempfile.mkstemp(prefix=f".vitviz-{os.getpid()}-", suffix=".tmp", dir=folder)
+    os.close(handle)
+    path = Path(name)
+    path.chmod(0o666 & ~_umask())
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return the permission bits that new files must not have."""
+    return _UMASK
+
+
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()  # read once while importing: reading it means setting it for a moment
+
+
+def _short(name: str) -> str:
+    """Shorten a name of over 255 bytes; its digest keeps it apart from others."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _NAME_BYTES:
+        return name
+    ending = f"-{hashlib.sha256(encoded).hexdigest()[:12]}{Path(name).suffix}"
+    kept = encoded[: _NAME_BYTES - len(ending)]
+    while kept and 0x80 <= encoded[len(kept)] < 0xC0:  # never cut inside a character
+        kept = kept[:-1]
+    return os.fsdecode(kept) + ending
+
+
+def _png_text(path: Path) -> str:
+    with Image.open(path, formats=["PNG"]) as image:
+        return str(image.info[_PNG_KEY])
+
+
+def _npy_text(path: Path) -> str:
+    with path.open("rb") as file:
+        np.load(file, allow_pickle=False)
+        return str(np.load(file, allow_pickle=False))

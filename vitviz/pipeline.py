@@ -1,0 +1,461 @@
+"""Sources → results: the one place where the rooms meet; streams, and never prints.
+
+Three stages pull on each other: threads read and decode, the calling thread runs the model in
+full batches, threads draw and write. Each holds only a bounded number of images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+import vitviz
+from vitviz.engine import BatchMaps, class_requests, explain_batch
+from vitviz.errors import ImageError, OutputError, SourceError, VitvizError
+from vitviz.explanation import Explanation, Prediction
+from vitviz.images import (
+    Frame,
+    ImageFile,
+    ImageSample,
+    Source,
+    load_sample,
+    read_file,
+    sample_of,
+)
+from vitviz.models import Model
+from vitviz.options import Fit, Job, Kind, MethodOptions, PictureOptions
+from vitviz.outputs import Provenance, encode, output_path, read_provenance, write_whole
+
+__all__ = [
+    "Output",
+    "Result",
+    "batch_size_for",
+    "explain",
+    "frame_of",
+    "run",
+    "run_record",
+    "versions",
+]
+
+Before = TypeVar("Before")
+After = TypeVar("After")
+
+_TOP = 5
+_BATCH_TOKENS = 3200  # 16 images of 197 tokens: larger batches gain nothing on a CPU
+_PENDING_BATCHES = 4  # how many batches' worth of images may wait for others of their shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One written file."""
+
+    kind: str
+    path: Path
+    class_index: int | None
+    class_label: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of one image.
+
+    Attributes:
+        source: The image.
+        status: "written", "skipped" or "failed".
+        outputs: The files, those that were there already included.
+        predictions: The best classes, best first.
+        error: Why it failed.
+    """
+
+    source: Source
+    status: str
+    outputs: tuple[Output, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+    error: str | None = None
+
+
+def run(model: Model, sources: Sequence[Source], job: Job) -> Iterator[Result]:
+    """Explain images and write their maps, yielding one result an image in the order given.
+
+    Args:
+        model: The model; it is left as it was.
+        sources: The images.
+        job: What to do with them.
+
+    Raises:
+        VitvizError: The options do not fit the model, or the model cannot be explained; an image
+            that fails is a result, not an error.
+        SourceError: An output would overwrite a source.
+    """
+    requests = tuple(request.key for request in class_requests(model, job.method)) or (None,)
+    ledger = _Ledger(model=model, job=job, requests=requests, frame=frame_of(model, job.fit))
+    ledger.refuse_overwriting(sources)
+    with _threads(job.workers) as pool:
+        depth = _ahead(job, model)
+        prepared = _map_ahead(pool, ledger.prepare, sources, depth)
+        explained = _explained(model, prepared, job)
+        yield from _map_ahead(pool, ledger.write, explained, depth)
+
+
+def explain(
+    model: Model,
+    images: Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]],
+    method: MethodOptions,
+    *,
+    pictures: PictureOptions | None = None,
+    fit: Fit = Fit.SQUASH,
+    batch_size: int | None = None,
+) -> list[Explanation]:
+    """Explain images and return their maps, image by image, class by class.
+
+    Args:
+        model: The model; it is left as it was.
+        images: Paths, Pillow images or arrays (height, width, 3) of uint8.
+        method: How maps are computed.
+        pictures: How they draw themselves; None: as by default.
+        fit: How images are brought to the model's size.
+        batch_size: Images run at once; None: chosen by the number of tokens.
+
+    Raises:
+        ImageError: An image cannot be read or explained.
+        VitvizError: The options do not fit the model.
+    """
+    pictures = pictures or PictureOptions()
+    job = Job(method=method, pictures=pictures, fit=fit, batch_size=batch_size)
+    frame = frame_of(model, fit)
+
+    def load(numbered: tuple[int, Any]) -> ImageSample | Result:
+        number, image = numbered
+        if isinstance(image, (str, os.PathLike)):
+            source = Source(path=Path(image), key=Path(image).name)
+            try:
+                return load_sample(read_file(source), frame, pictures.max_size)
+            except ImageError as error:
+                return _failed(source, error)
+        return sample_of(image, f"image {number}", frame, pictures.max_size)
+
+    explanations: list[Explanation] = []
+    with _threads(None) as pool:
+        samples = _map_ahead(pool, load, enumerate(images), _ahead(job, model))
+        for item in _explained(model, samples, job):
+            if isinstance(item, Result):
+                raise ImageError(f"{item.source.path} {item.error}")
+            explanations += item.maps
+    return explanations
+
+
+def batch_size_for(model: Model) -> int:
+    """Choose how many images to run at once."""
+    return max(1, min(64, _BATCH_TOKENS // model.layout.tokens))
+
+
+def frame_of(model: Model, fit: Fit) -> Frame:
+    """Return how images are brought to what a model takes."""
+    expected = model.preprocessing
+    return Frame(
+        fit=fit,
+        size=expected.size,
+        patch=expected.patch,
+        resample=Image.Resampling[expected.interpolation.upper()],
+        crop_pct=expected.crop_pct,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Explained:
+    """An image with all its maps."""
+
+    sample: ImageSample
+    maps: list[Explanation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ledger:
+    """Knows for each image which files belong to it and what their recipe is."""
+
+    model: Model
+    job: Job
+    requests: tuple[str | None, ...]
+    frame: Frame
+
+    def refuse_overwriting(self, sources: Sequence[Source]) -> None:
+        """Make sure that no output has the name of a source."""
+        taken = {source.path.resolve(): source for source in sources}
+        for source in sources:
+            for path, _, _ in self.files(source):
+                if path.resolve() in taken:
+                    raise SourceError(
+                        f"the map of {source.path} would overwrite the source {path}; "
+                        "choose another --output folder"
+                    )
+
+    def files(self, source: Source) -> Iterator[tuple[Path, str | None, Kind]]:
+        """Yield the path, class request and kind of each file of an image."""
+        for request in self.requests:
+            for kind in self.job.pictures.kinds:
+                path = output_path(self.job.output, source, self.job.method.method, request, kind)
+                yield path, request, kind
+
+    def prepare(self, source: Source) -> ImageSample | Result:
+        """Load an image, or find that it needs no work."""
+        try:
+            file = read_file(source)
+            if self.job.skip_existing and (result := self._skipped(file)):
+                return result
+            return load_sample(file, self.frame, self.job.pictures.max_size)
+        except ImageError as error:
+            return _failed(source, error)
+
+    def write(self, item: _Explained | Result) -> Result:
+        """Draw and write an image's files."""
+        if isinstance(item, Result):
+            return item
+        source = item.sample.source
+        by_request = {explanation.request: explanation for explanation in item.maps}
+        outputs = []
+        try:
+            for path, request, kind in self.files(source):
+                explanation = by_request[request]
+                provenance = self._provenance(item.sample, request, kind, explanation)
+                write_whole(path, encode(explanation, kind, provenance), provenance)
+                outputs.append(_output(path, kind, provenance))
+        except OutputError as error:
+            return replace(_failed(source, error), outputs=tuple(outputs))
+        return Result(
+            source=source,
+            status="written",
+            outputs=tuple(outputs),
+            predictions=item.maps[0].predictions,
+        )
+
+    def _skipped(self, file: ImageFile) -> Result | None:
+        """Return the result of an image whose files are all there, made by the same recipe."""
+        found = []
+        for path, request, kind in self.files(file.source):
+            provenance = read_provenance(path)
+            if provenance is None or provenance.recipe != self._recipe(file.digest, request, kind):
+                return None
+            found.append((path, kind, provenance))
+        return Result(
+            source=file.source,
+            status="skipped",
+            outputs=tuple(_output(*entry) for entry in found),
+            predictions=found[0][2].predictions,
+        )
+
+    def _provenance(
+        self, sample: ImageSample, request: str | None, kind: Kind, explanation: Explanation
+    ) -> Provenance:
+        absolute = os.fsencode(sample.source.path.absolute())
+        return Provenance(
+            recipe=self._recipe(sample.digest, request, kind),
+            source=os.fspath(sample.source.path),
+            source_id=hashlib.sha256(absolute).hexdigest()[:16],
+            class_index=explanation.class_index,
+            class_label=explanation.class_label,
+            predictions=explanation.predictions,
+            versions=versions(),
+        )
+
+    def _recipe(self, digest: str, request: str | None, kind: Kind) -> dict[str, Any]:
+        method = self.job.method
+        return {
+            "source_sha256": digest,
+            "model": self.model.name,
+            "weights_sha256": self.model.digest,
+            "method": method.method.value,
+            "options": {**method.described(), **self.job.pictures.described(kind)},
+            "fit": self.job.fit.value,
+            "size": list(self.model.preprocessing.size),
+            "class": request,
+            "kind": kind.value,
+        }
+
+
+def run_record(model: Model, job: Job) -> dict[str, Any]:
+    """Return what all records of a run have in common."""
+    return {
+        "score_kind": model.score_kind,
+        "run": {
+            "versions": versions(),
+            "model": model.name,
+            "weights": {"source": model.weights, "sha256": model.digest},
+            "method": job.method.method.value,
+            "options": {
+                **job.method.described(),
+                **job.pictures.described(Kind.OVERLAY),
+                "fit": job.fit.value,
+                "size": list(model.preprocessing.size),
+            },
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "vitviz": vitviz.__version__,
+        "timm": timm.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _failed(source: Source, error: VitvizError) -> Result:
+    return Result(source=source, status="failed", error=str(error))
+
+
+def _output(path: Path, kind: Kind, provenance: Provenance) -> Output:
+    return Output(
+        kind=kind.value,
+        path=path,
+        class_index=provenance.class_index,
+        class_label=provenance.class_label,
+    )
+
+
+def _explained(
+    model: Model, items: Iterable[ImageSample | Result], job: Job
+) -> Iterator[_Explained | Result]:
+    """Run the model over the samples in batches; pass the rest through; keep the order."""
+
+    def numbered() -> Iterator[tuple[int, _Explained | Result]]:
+        for numbers, batch in _batches(items, job.batch_size or batch_size_for(model)):
+            first = batch[0]
+            if isinstance(first, ImageSample):
+                yield from zip(numbers, _explain_samples(model, batch, job), strict=True)
+            else:
+                yield numbers[0], first
+
+    return _in_order(numbered())
+
+
+def _batches(
+    items: Iterable[ImageSample | Result], size: int
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Group samples of one shape, each with its number; anything else is a batch of its own."""
+    waiting: dict[tuple[int, ...], tuple[list[int], list[Any]]] = {}
+    for number, item in enumerate(items):
+        if not isinstance(item, ImageSample):
+            yield [number], [item]
+            continue
+        numbers, batch = waiting.setdefault(item.pixels.shape, ([], []))
+        numbers.append(number)
+        batch.append(item)
+        if len(batch) == size:
+            yield waiting.pop(item.pixels.shape)
+        elif sum(len(batch) for _, batch in waiting.values()) > _PENDING_BATCHES * size:
+            yield waiting.pop(next(iter(waiting)))  # the shape that has waited longest
+    yield from waiting.values()
+
+
+def _in_order(numbered: Iterable[tuple[int, After]]) -> Iterator[After]:
+    """Yield items by their numbers, which run from 0."""
+    early: dict[int, After] = {}
+    following = 0
+    for number, item in numbered:
+        early[number] = item
+        while following in early:
+            yield early.pop(following)
+            following += 1
+
+
+def _explain_samples(
+    model: Model, samples: list[ImageSample], job: Job
+) -> list[_Explained | Result]:
+    """Explain samples of one shape."""
+    batch = explain_batch(model, _to_tensor(model, samples), job.method)
+    return [_explanations(model, sample, batch, row, job) for row, sample in enumerate(samples)]
+
+
+def _to_tensor(model: Model, samples: list[ImageSample]) -> Tensor:
+    """Stack and normalise pixels: (batch, 3, height, width) on the model's device."""
+    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    images = pixels.to(model.device).permute(0, 3, 1, 2).float().div_(255)
+    mean, std = (
+        torch.tensor(values, device=images.device).view(1, 3, 1, 1)
+        for values in (model.preprocessing.mean, model.preprocessing.std)
+    )
+    return images.sub_(mean).div_(std).to(next(model.module.parameters()).dtype)
+
+
+def _explanations(
+    model: Model, sample: ImageSample, batch: BatchMaps, row: int, job: Job
+) -> _Explained | Result:
+    """Pick one image's maps out of a batch."""
+    relevance, logits = batch.relevance[row], batch.logits[row : row + 1].flatten()
+    if not (relevance.isfinite().all() and logits.isfinite().all()):
+        error = ImageError("gives numbers that are not finite, so there is no map to show")
+        return _failed(sample.source, error)
+    scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=0)
+    predictions = tuple(
+        Prediction(class_index=index, class_label=model.labels[index], score=float(scores[index]))
+        for index in logits.argsort(descending=True, stable=True)[:_TOP].tolist()
+    )
+    maps = []
+    requests = class_requests(model, job.method)
+    for position, values in enumerate(relevance):
+        common = {
+            "method": job.method.method,
+            "relevance": values.numpy(),
+            "sample": sample,
+            "predictions": predictions,
+            "pictures": job.pictures,
+        }
+        if batch.class_indices is None:
+            maps.append(Explanation(**common))
+            continue
+        class_index = int(batch.class_indices[row, position])
+        maps.append(
+            Explanation(
+                **common,
+                request=requests[position].key,
+                class_index=class_index,
+                class_label=model.labels[class_index],
+                class_score=float(scores[class_index]),
+            )
+        )
+    return _Explained(sample=sample, maps=maps)
+
+
+@contextmanager
+def _threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Give a pool of threads whose waiting work is dropped when the user goes away."""
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="vitviz")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ahead(job: Job, model: Model) -> int:
+    """How many images each stage may be ahead of the next: enough for the model to have a batch."""
+    return 2 * (job.batch_size or batch_size_for(model))
+
+
+def _map_ahead(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Before], After],
+    items: Iterable[Before],
+    depth: int,
+) -> Iterator[After]:
+    """Map in threads, in order, at most ``depth`` items ahead of the one asked for."""
+    futures: deque[Future[After]] = deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > depth:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()

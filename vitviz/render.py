@@ -1,0 +1,91 @@
+"""Relevance grid → picture, on the geometry of its image; decides nothing about methods."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from vitviz.images import Region
+from vitviz.options import Colormap
+
+__all__ = ["color_heat", "normalize", "overlay", "panel", "place_heat"]
+
+Pixels = NDArray[np.uint8]
+Heat = NDArray[np.float32]
+
+_FLAT = 1e-5  # a range below this share of the largest magnitude counts as constant
+_GAP = 8  # pixels between the pictures of a panel
+
+
+def normalize(relevance: NDArray[Any]) -> Heat:
+    """Scale relevance to [0, 1] by its minimum and maximum; a constant map gives zeros."""
+    values = np.asarray(relevance, dtype=np.float32)
+    low, high = float(values.min()), float(values.max())
+    if high - low <= _FLAT * max(abs(low), abs(high)):
+        return np.zeros_like(values)
+    return np.asarray((values - low) / (high - low), dtype=np.float32)
+
+
+def place_heat(relevance: NDArray[Any], region: Region, size: tuple[int, int]) -> Heat:
+    """Interpolate a grid over the region of a picture that the model saw.
+
+    Args:
+        relevance: (rows, cols).
+        region: Where the model looked.
+        size: (height, width) of the picture.
+
+    Returns:
+        (height, width) in [0, 1]; NaN where the model saw nothing.
+    """
+    heat = np.full(size, np.nan, dtype=np.float32)
+    seen = heat[region.pixels(size)]
+    grown = cv2.resize(
+        normalize(relevance), (seen.shape[1], seen.shape[0]), interpolation=cv2.INTER_CUBIC
+    )
+    np.clip(grown, 0, 1, out=seen)  # a cubic overshoots
+    return heat
+
+
+def color_heat(heat: Heat, colormap: Colormap) -> Pixels:
+    """Colour heat (height, width) as RGB; what the model did not see is black."""
+    unseen = np.isnan(heat)
+    levels = np.rint(np.where(unseen, 0, heat) * 255).astype(np.uint8)
+    colors: Pixels = _color_table(colormap)[levels]
+    colors[unseen] = 0
+    return colors
+
+
+def overlay(picture: Pixels, heat: Heat, colormap: Colormap, alpha: float) -> Pixels:
+    """Blend coloured heat over a picture; what the model did not see stays as it is."""
+    blended = cv2.addWeighted(picture, 1 - alpha, color_heat(heat, colormap), alpha, 0)
+    unseen = np.isnan(heat)
+    blended[unseen] = picture[unseen]
+    return np.asarray(blended, dtype=np.uint8)
+
+
+def panel(pictures: list[Pixels], caption: str) -> Pixels:
+    """Set pictures of one size side by side under a caption."""
+    height, width = pictures[0].shape[:2]
+    size = max(12, min(width // 16, 28))
+    font = ImageFont.load_default(size)
+    band = size * 2
+    sheet = Image.new(
+        "RGB", (len(pictures) * (width + _GAP) - _GAP, height + band), (255, 255, 255)
+    )
+    ImageDraw.Draw(sheet).text((size // 2, band // 2), caption, (30, 30, 30), font, anchor="lm")
+    for position, picture in enumerate(pictures):
+        sheet.paste(Image.fromarray(picture), (position * (width + _GAP), band))
+    return np.asarray(sheet)
+
+
+@lru_cache
+def _color_table(colormap: Colormap) -> Pixels:
+    """Return the 256 RGB colours of a colormap."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
+    table = cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{colormap.value.upper()}"))
+    return np.asarray(cv2.cvtColor(table, cv2.COLOR_BGR2RGB), dtype=np.uint8).reshape(256, 3)
