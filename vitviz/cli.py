@@ -1,0 +1,387 @@
+"""The command line: words, defaults and exit codes over the library; loads torch only to work."""
+
+from __future__ import annotations
+
+import inspect as introspection
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import typer
+from rich.console import Console
+
+import vitviz
+from vitviz.errors import OptionError, SourceError, VitvizError, printable
+from vitviz.options import (
+    Colormap,
+    Fit,
+    HeadFusion,
+    Job,
+    Kind,
+    Method,
+    MethodOptions,
+    PictureOptions,
+)
+
+if TYPE_CHECKING:
+    from vitviz.images import Source
+
+__all__ = ["app", "main"]
+
+_UsageError: Any = typer.BadParameter.__base__  # click's, wherever this typer keeps click
+
+app = typer.Typer(
+    name="vitviz",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="See where a Vision Transformer looks: a heatmap PNG for each image.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options that all explaining commands share; each field is one option."""
+
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Images, folders (recursive), quoted globs, or - for paths on stdin.",
+            show_default=False,
+        ),
+    ]
+    model: Annotated[
+        str,
+        typer.Option(
+            "-m", "--model", metavar="MODEL", help="A timm name, an alias, or hf-hub:owner/name."
+        ),
+    ] = "deit_tiny"
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Your own checkpoint (.safetensors, .pth, .pt).",
+            show_default=False,
+        ),
+    ] = None
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Class names: one a line, a JSON list, or {index: name}.",
+            show_default=False,
+        ),
+    ] = None
+    img_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="Build the model for this image size, instead of its own.",
+            show_default=False,
+        ),
+    ] = None
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
+    ] = Path("vitviz-out")
+    discard: Annotated[
+        float, typer.Option(metavar="R", help="Share of the lowest attention set to 0, in [0, 1).")
+    ] = 0.9
+    start_layer: Annotated[
+        int, typer.Option(metavar="N", help="Leave out the blocks before this one.")
+    ] = 0
+    fit: Annotated[
+        Fit,
+        typer.Option(
+            metavar="squash|crop|native",
+            help="Squash the image, crop its centre, or keep its aspect ratio.",
+        ),
+    ] = Fit.SQUASH
+    save: Annotated[
+        list[Kind],
+        typer.Option(
+            metavar="KIND",
+            help="overlay, heatmap, panel (image, overlay and heatmap side by side) or npy (the "
+            "numbers); repeatable.",
+        ),
+    ] = (Kind.OVERLAY,)  # type: ignore[assignment]  # a default must not be mutable
+    colormap: Annotated[
+        Colormap,
+        typer.Option(metavar="NAME", help=f"Colours of the heat: {', '.join(Colormap)}."),
+    ] = Colormap.TURBO
+    alpha: Annotated[
+        float, typer.Option(metavar="A", help="Weight of the heat in overlays, 0 to 1.")
+    ] = 0.5
+    max_size: Annotated[
+        int, typer.Option(metavar="N", help="Longest side of the pictures, in pixels.")
+    ] = 1024
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")] = (
+        "auto"
+    )
+    batch_size: Annotated[
+        str, typer.Option(metavar="auto|N", help="Images run through the model at once.")
+    ] = "auto"
+    workers: Annotated[
+        str, typer.Option(metavar="auto|N", help="Threads that read and write images.")
+    ] = "auto"
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Leave out images whose maps are there, made from the same bytes with the same "
+            "model, weights and options.",
+        ),
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON record an image on stdout.")] = (
+        False
+    )
+    nul: Annotated[
+        bool, typer.Option("-0", "--null", help="NUL instead of newlines on stdin and stdout.")
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Say nothing but results and failures.")
+    ] = False
+
+
+def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every option of ``RunOptions``, so that each is declared once."""
+    hints = get_type_hints(RunOptions, include_extras=True)
+    shared = [
+        introspection.Parameter(
+            field.name,
+            introspection.Parameter.KEYWORD_ONLY,
+            annotation=hints[field.name],
+            default=introspection.Parameter.empty if field.default is MISSING else field.default,
+        )
+        for field in fields(RunOptions)
+    ]
+    own = [
+        parameter.replace(kind=introspection.Parameter.KEYWORD_ONLY)
+        for name, parameter in introspection.signature(command, eval_str=True).parameters.items()
+        if name != "run"
+    ]
+    names = {parameter.name for parameter in shared}
+
+    @wraps(command)
+    def wrapper(**values: Any) -> None:
+        run = RunOptions(**{name: values.pop(name) for name in names})
+        command(run=run, **values)
+
+    parameters = [shared[0], *own, *shared[1:]]
+    wrapper.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vitviz {vitviz.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """See where a Vision Transformer looks: a heatmap PNG for each image."""
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A timm name, an alias, or hf-hub:owner/name.")
+    ] = "deit_tiny",
+    full: Annotated[bool, typer.Option("--full", help="Print the raw module tree.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for machines.")] = False,
+) -> None:
+    """Show what a model is made of, and what vitviz can do with it. Downloads no weights."""
+    from vitviz import anatomy, console, models
+
+    name = models.resolve_name(model)
+    typer.echo(models.describe_device(models.select_device()), err=True)
+    module = models.build_skeleton(name)
+    if full:
+        typer.echo(str(module))
+    elif as_json:
+        typer.echo(json.dumps(anatomy.describe(module, name).to_dict()))
+    else:
+        console.show_anatomy(anatomy.describe(module, name), Console())
+
+
+@app.command()
+@_with_run_options
+def rollout(
+    run: RunOptions,
+    head_fusion: Annotated[
+        HeadFusion, typer.Option(metavar="mean|max|min", help="How heads become one map.")
+    ] = (HeadFusion.MAX),
+) -> None:
+    """Write attention rollout: what the tokens that the head reads have gathered from where.
+
+    It knows no class.
+    """
+    _explain(run, method=Method.ROLLOUT, head_fusion=head_fusion)
+
+
+@app.command()
+@_with_run_options
+def grad_rollout(
+    run: RunOptions,
+    classes: Annotated[
+        list[str],
+        typer.Option(
+            "--class",
+            metavar="C",
+            help="An index, a label, top1 or topK; repeatable, one map for each class.",
+        ),
+    ] = ("top1",),  # type: ignore[assignment]
+) -> None:
+    """Write gradient rollout: rollout of the attention that speaks for a class."""
+    _explain(run, method=Method.GRAD_ROLLOUT, classes=tuple(classes))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code.
+
+    Exit codes: 0 all done, 1 an image failed, 2 nothing could be done, 130 and 143 interrupted.
+    """
+    try:
+        sys.exit(app(args=arguments, standalone_mode=False) or 0)
+    except _UsageError as error:
+        if message := error.format_message().strip():  # empty when help was shown instead
+            _complain(message)
+        sys.exit(2)
+    except VitvizError as error:
+        _complain(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our results has left: so do we, without a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _complain(message: str) -> NoReturn:
+    typer.echo(f"Error: {printable(message)}", err=True)
+    sys.exit(2)
+
+
+def _explain(run: RunOptions, **method: Any) -> None:
+    """Do what an explaining command asks for."""
+    job = _job(run, method)
+    sources, fruitless = _find(run)
+
+    # Only now torch: a mistake above is told at once.
+    from vitviz import models, pipeline
+    from vitviz.reporting import Reporter
+
+    reporter = Reporter(quiet=run.quiet, as_json=run.as_json, nul=run.nul)
+    for argument in fruitless:
+        reporter.say(f"no images in {argument}", "yellow")
+    reporter.say(models.describe_device(models.select_device(run.device)))
+    model = models.load_model(
+        run.model,
+        weights=run.weights,
+        labels=run.labels,
+        device=run.device,
+        fit=run.fit,
+        img_size=_size(run.img_size),
+    )
+    for note in model.notes:
+        reporter.say(note, "yellow")
+    with _terminable():
+        try:
+            results = pipeline.run(model, sources, job)
+            reporter.show(results, len(sources), pipeline.run_record(model, job))
+        finally:
+            reporter.summarize()
+    raise typer.Exit(int(reporter.failed))
+
+
+def _job(run: RunOptions, method: dict[str, Any]) -> Job:
+    return Job(
+        method=MethodOptions(discard=run.discard, start_layer=run.start_layer, **method),
+        pictures=PictureOptions(
+            kinds=tuple(dict.fromkeys(run.save)),
+            colormap=run.colormap,
+            alpha=run.alpha,
+            max_size=run.max_size,
+        ),
+        fit=run.fit,
+        output=run.output,
+        skip_existing=run.skip_existing,
+        batch_size=_count(run.batch_size, "--batch-size"),
+        workers=_count(run.workers, "--workers"),
+    )
+
+
+def _find(run: RunOptions) -> tuple[list[Source], list[str]]:
+    """Find the images, and make sure that there are some and that results have a place."""
+    from vitviz.images import find_sources
+    from vitviz.outputs import prepare_folder
+
+    arguments = list(_arguments(run.sources, "\0" if run.nul else "\n"))
+    sources, fruitless = find_sources(arguments, exclude=run.output)
+    if not sources:
+        where = ", ".join(fruitless) or "stdin"
+        raise SourceError(f"nothing to do: no images in {where}; give images or folders of them")
+    prepare_folder(run.output)
+    return sources, fruitless
+
+
+def _arguments(words: Iterable[str], separator: str) -> Iterator[str]:
+    """Yield the sources as typed, ``-`` replaced by the paths on stdin."""
+    for word in words:
+        if word == "-":
+            paths = os.fsdecode(sys.stdin.buffer.read()).split(separator)
+            yield from (path for path in paths if path)
+        else:
+            yield word
+
+
+def _count(word: str, option: str) -> int | None:
+    if word == "auto":
+        return None
+    try:
+        return int(word)
+    except ValueError:
+        raise OptionError(f"{option} is {word!r}; give a number or auto") from None
+
+
+def _size(word: str | None) -> tuple[int, int] | None:
+    """Read "518" or "336x672" (height x width)."""
+    if word is None:
+        return None
+    sides = re.fullmatch(r"([1-9]\d*)(?:[x×]([1-9]\d*))?", word)
+    if not sides:
+        raise OptionError(f"--img-size is {word!r}; give one side or HEIGHTxWIDTH, like 336x672")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does: what is being written is finished first."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,127 @@
+"""What a run says on the terminal: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from vitviz.errors import printable
+from vitviz.pipeline import Result
+
+__all__ = ["Reporter"]
+
+
+class Reporter:
+    """Shows a run as it goes."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False, nul: bool = False) -> None:
+        """Choose what is shown.
+
+        Args:
+            quiet: Only results and failures.
+            as_json: Results as one JSON object a line, instead of one path a line.
+            nul: End paths with NUL instead of a newline.
+        """
+        self._quiet = quiet
+        self._as_json = as_json
+        self._end = b"\0" if nul else b"\n"
+        self._errors = Console(stderr=True, highlight=False)
+        self._counts: Counter[str] = Counter()
+        self._start = time.perf_counter()
+
+    def say(self, text: str, style: str = "") -> None:
+        """Say something about the run, unless it is quiet."""
+        if not self._quiet:
+            self._errors.print(Text(printable(text), style), soft_wrap=True)
+
+    def show(self, results: Iterable[Result], total: int, run: dict[str, Any]) -> None:
+        """Show each result as it comes, under a progress bar where there is a terminal.
+
+        Args:
+            results: From the pipeline.
+            total: How many there will be.
+            run: What is the same for all records.
+        """
+        self._start = time.perf_counter()
+        for result in self._progress(results, total):
+            self._counts[result.status] += 1
+            if result.error:
+                text = f"failed: {result.source.path} {result.error}"
+                self._errors.print(Text(printable(text), "red"), soft_wrap=True)
+            if self._as_json:
+                _write(json.dumps(_record(result, run)).encode() + b"\n")
+            elif result.status == "written":
+                for output in result.outputs:
+                    _write(_shown_path(output.path) + self._end)
+
+    def summarize(self) -> None:
+        """Say how many images there were and how fast they went."""
+        seconds = time.perf_counter() - self._start
+        done = self._counts["written"]
+        parts = [f"{self._counts[status]} {status}" for status in ("written", "skipped", "failed")]
+        rate = f", {done / seconds:.1f} images/s" if done and seconds else ""
+        self.say(f"{', '.join(parts)} in {seconds:.1f} s{rate}")
+
+    @property
+    def failed(self) -> bool:
+        """Whether an image failed."""
+        return bool(self._counts["failed"])
+
+    def _progress(self, results: Iterable[Result], total: int) -> Iterator[Result]:
+        if self._quiet or not self._errors.is_terminal:
+            yield from results
+            return
+        columns = (
+            TextColumn("explaining"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._errors, transient=True) as progress:
+            task = progress.add_task("", total=total, rate="")
+            for result in results:
+                yield result
+                done = sum(self._counts.values())
+                rate = done / (time.perf_counter() - self._start)
+                progress.update(task, completed=done, rate=f"{rate:.1f} images/s")
+
+
+def _record(result: Result, run: dict[str, Any]) -> dict[str, Any]:
+    """Return the NDJSON record of a result."""
+    return {
+        "source": os.fspath(result.source.path),
+        "status": result.status,
+        "outputs": [{**asdict(output), "path": str(output.path)} for output in result.outputs],
+        "predictions": [asdict(prediction) for prediction in result.predictions],
+        **run,
+        "error": result.error,
+    }
+
+
+def _shown_path(path: os.PathLike[str]) -> bytes:
+    """Return a path byte for byte for programs, and readable for people."""
+    if sys.stdout.isatty():
+        return printable(os.fspath(path)).encode()
+    return os.fsencode(path)
+
+
+def _write(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
