@@ -52,15 +52,17 @@ class TinyCase:
         return self.prefix_tokens + math.prod(self.grid)
 
     def build(self) -> nn.Module:
-        """Build the model in evaluation mode; the same weights each time."""
+        """Build the model in evaluation mode; the same weights each time, attention fused."""
         model = self.architecture()
         _spread(model, self.seed)
+        for block in model.blocks:
+            block.attn.fused_attn = True  # whatever TIMM_FUSED_ATTN says
         return model.eval()
 
     def images(self, count: int = 3) -> Tensor:
-        """Draw (count, 3, height, width) different images; the first ones do not depend on count.
+        """Draw (count, 3, height, width) different images, each of another strength.
 
-        Smooth and with different strengths, as photographs are, so that their maps differ.
+        The first ones do not depend on count.
         """
         generator = torch.Generator().manual_seed(1000 + self.seed)
         rows, cols = self.grid

@@ -474,9 +474,6 @@ class _Subject:
         return attention.path
 
 
-# --- Tokens and positions ---------------------------------------------------------------------
-
-
 def _measure_tokenization(subject: _Subject, support: Support) -> Tokenization:
     trace = subject.trace
     cost = subject.part_cost(0)
@@ -696,9 +693,6 @@ def _position_of(subject: _Subject, meeting: Encounter, kind: str, place: str) -
     )
 
 
-# --- Blocks -----------------------------------------------------------------------------------
-
-
 def _measure_blocks(subject: _Subject) -> Blocks | None:
     cost = subject.part_cost(1)
     if cost is None:
@@ -871,9 +865,6 @@ def _is_drop_path(part: nn.Module) -> bool:
     return type(part).__name__.startswith("DropPath")
 
 
-# --- Head and support -------------------------------------------------------------------------
-
-
 def _measure_head(subject: _Subject, support: Support) -> Head:
     cost = subject.part_cost(2)
     norms = _norm_runs(subject, 2) if cost else []
@@ -964,9 +955,6 @@ def _support(module: nn.Module, input_size: tuple[int, int]) -> Support:
         prefix=layout.described_prefix(),
         grid=layout.grid,
     )
-
-
-# --- Words and paths --------------------------------------------------------------------------
 
 
 def _input_shape(module: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, int, int]:

@@ -2,7 +2,8 @@
 
 timm's fused attention ends in one function, ``scaled_dot_product_attention``. A torch function
 mode sees every call of it with its queries and keys, so nothing has to be known about modules,
-and nothing has to be switched off.
+and nothing has to be switched off. The few modules that compute attention themselves hand it to a
+dropout, where a hook sees it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from vitviz.errors import CaptureError
 
-__all__ = ["AttentionCapture", "AttentionRecord", "output_gradients"]
+__all__ = [
+    "Attention",
+    "AttentionCapture",
+    "AttentionRecord",
+    "GivenAttention",
+    "output_gradients",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,10 +52,9 @@ class AttentionRecord:
     scale: float
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of the probabilities: (batch, heads, queries, keys)."""
-        batch, heads, queries, _ = self.query.shape
-        return batch, heads, queries, self.key.shape[-2]
+        return (*self.query.shape[:-1], self.key.shape[-2])
 
     def probabilities(self, images: slice, queries: slice) -> Tensor:
         """Compute attention probabilities for some images and some queries.
@@ -91,6 +97,36 @@ class AttentionRecord:
         return bias[:, :, queries] if bias.shape[2] > 1 else bias
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GivenAttention:
+    """Attention that a module computes itself, and mixes between heads after the softmax.
+
+    Attributes:
+        attention: (batch, heads, queries, keys), what the values are multiplied with; with
+            talking heads its rows need not sum to 1, nor be positive.
+        output: The same tensor, where it can be differentiated through; else None.
+    """
+
+    attention: Tensor
+    output: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the attention: (batch, heads, queries, keys)."""
+        return tuple(self.attention.shape)
+
+    def probabilities(self, images: slice, queries: slice) -> Tensor:
+        """Return the attention of some images and some queries, a copy."""
+        return _exact(self.attention[images, :, queries]).clone()
+
+    def probability_gradients(self, gradient: Tensor, images: slice, queries: slice) -> Tensor:
+        """Return ∂y/∂A of some images and some queries; the output being A, it is given."""
+        return _exact(gradient[images, :, queries])
+
+
+Attention = AttentionRecord | GivenAttention
+
+
 class AttentionCapture:
     """Collects the attention of every forward pass made inside ``with``, in execution order.
 
@@ -111,7 +147,8 @@ class AttentionCapture:
         module: nn.Module,
         *,
         first_gradient: int | None = None,
-        on_record: Callable[[AttentionRecord], None] | None = None,
+        on_record: Callable[[Attention], None] | None = None,
+        isolate: bool = False,
     ) -> None:
         """Prepare the capture of a module.
 
@@ -119,10 +156,12 @@ class AttentionCapture:
             module: The model.
             first_gradient: From this call on, outputs can be differentiated through; None: never.
             on_record: Takes each record at once, instead of keeping it for ``take``.
+            isolate: Let each token attend to itself alone, to see what else mixes tokens.
         """
         self._module = module
         self._first_gradient = first_gradient
-        self._records: list[AttentionRecord] = []
+        self._isolate = isolate
+        self._records: list[Attention] = []
         self._stack = ExitStack()
         self._on_record = on_record or self._records.append
 
@@ -134,7 +173,9 @@ class AttentionCapture:
             stack.enter_context(_switched(self._module, "fused_attn", True))
             stack.enter_context(_switched(self._module, "grad_checkpointing", False))
             stack.enter_context(_attributes(self._module.parameters(), "requires_grad", False))
-            stack.enter_context(_SdpaMode(self._record))
+            for dropout in _own_attention(self._module):
+                stack.callback(dropout.register_forward_hook(self._record_given).remove)
+            stack.enter_context(_SdpaMode(self._record_call))
             self._stack = stack.pop_all()
         return self
 
@@ -147,7 +188,7 @@ class AttentionCapture:
         """Stop recording and leave the model as it was."""
         self._stack.close()
 
-    def take(self, expected: int | None = None) -> list[AttentionRecord]:
+    def take(self, expected: int | None = None) -> list[Attention]:
         """Hand out the records of the forward pass just made, and forget them.
 
         Args:
@@ -165,28 +206,38 @@ class AttentionCapture:
             )
         return records
 
-    def _record(self, call: Callable[..., Tensor], arguments: _SdpaArguments) -> Tensor:
-        output = call()
-        first = self._first_gradient
-        if first is not None and len(self._records) >= first and not output.requires_grad:
-            # Where the graph begins: nothing before this output is ever differentiated.
-            output.requires_grad_(True)
-        query, key = arguments.query, arguments.key
+    def _record_call(self, call: Callable[..., Tensor], arguments: _SdpaArguments) -> Tensor:
+        query, key, value = arguments.query, arguments.key, arguments.value
+        output = _own_values(query, value) if self._isolate else call()
         scale = arguments.scale
         self._on_record(
             AttentionRecord(
                 query=query.detach(),
                 key=key.detach(),
-                value=arguments.value.detach(),
-                output=output if output.requires_grad else None,
+                value=value.detach(),
+                output=self._differentiable(output),
                 bias=_additive(arguments, query.shape[-2], key.shape[-2]),
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
             )
         )
         return output
 
+    def _record_given(self, module: nn.Module, inputs: object, attention: Tensor) -> Tensor | None:
+        given = GivenAttention(attention=attention.detach(), output=self._differentiable(attention))
+        self._on_record(given)
+        if self._isolate:
+            return torch.eye(attention.shape[-1]).to(attention).expand_as(attention)
+        return None
 
-def output_gradients(records: list[AttentionRecord], score: Tensor, *, last: bool) -> list[Tensor]:
+    def _differentiable(self, output: Tensor) -> Tensor | None:
+        """Let the graph begin at this output where it is the first one that is asked for."""
+        first = self._first_gradient
+        if first is not None and len(self._records) >= first and not output.requires_grad:
+            output.requires_grad_(True)
+        return output if output.requires_grad else None
+
+
+def output_gradients(records: list[Attention], score: Tensor, *, last: bool) -> list[Tensor]:
     """Compute ∂score/∂O for each record, O being the output of its attention.
 
     Args:
@@ -255,6 +306,19 @@ def _switched(module: nn.Module, name: str, value: bool) -> AbstractContextManag
         name,
         value,
     )
+
+
+def _own_attention(module: nn.Module) -> list[nn.Module]:
+    """List the dropouts that follow attention computed without torch's function (talking heads)."""
+    unfused = [child for child in module.modules() if not hasattr(child, "fused_attn")]
+    dropouts = [getattr(child, "attn_drop", None) for child in unfused]
+    return [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout)]
+
+
+def _own_values(query: Tensor, value: Tensor) -> Tensor:
+    """Return what attention gives when each query sees its own value alone."""
+    repeats = query.shape[1] // value.shape[1]
+    return value.repeat_interleave(repeats, dim=1)[:, :, : query.shape[2]]
 
 
 def _additive(arguments: _SdpaArguments, queries: int, keys: int) -> Tensor | None:

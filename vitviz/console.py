@@ -111,9 +111,6 @@ def _show_rows(
             console.print(Text.assemble((start.ljust(column), style), line), soft_wrap=True)
 
 
-# --- Tokens and positions ---------------------------------------------------------------------
-
-
 def _tokenization_rows(part: Tokenization) -> list[_Row]:
     label = "patches" if part.cost else "first layer"
     rows = [(label, _patch_words(part)), ("grid", _grid_words(part))]
@@ -211,9 +208,6 @@ def _no_position_words(part: Tokenization) -> str:
         f"no embedding; {part.later_convolutions} convolutions see neighbours, and the border by "
         "their padding"
     )
-
-
-# --- Blocks -----------------------------------------------------------------------------------
 
 
 def _block_counts(blocks: Blocks) -> str:
@@ -391,9 +385,6 @@ def _joined(layers: Iterable[Layer]) -> list[tuple[str, str, Cost]]:
     return lines
 
 
-# --- Head and support -------------------------------------------------------------------------
-
-
 def _head_rows(head: Head) -> list[_Row]:
     norm = _layers(head.norms) or ("none seen" if head.cost else _UNKNOWN)
     if head.norm_after_pooling is not None:
@@ -416,9 +407,6 @@ def _support_words(support: Support) -> str:
     if support.grad_rollout:
         return f"{reads}; {maps}; rollout and grad-rollout supported"
     return f"{reads}; {maps}; rollout supported, grad-rollout not: {support.reason}"
-
-
-# --- Words ------------------------------------------------------------------------------------
 
 
 def _layers(layers: Sequence[Layer]) -> str:

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitviz.capture import AttentionCapture, AttentionRecord, output_gradients
+from vitviz.capture import Attention, AttentionCapture, output_gradients
 from vitviz.errors import CaptureError, LabelError, OptionError
 from vitviz.labels import ClassRequest, parse_requests
 from vitviz.layout import patch_grid
 from vitviz.models import Model
 from vitviz.options import Method, MethodOptions
-from vitviz.propagation import Fusion, attention_rollout, fuse_heads, fuse_with_gradient
+from vitviz.propagation import (
+    Fusion,
+    attention_rollout,
+    fuse_heads,
+    fuse_with_gradient,
+    pooled_readout,
+)
 
 __all__ = ["BatchMaps", "class_requests", "explain_batch"]
 
@@ -24,7 +30,8 @@ class BatchMaps:
     """What a batch gave.
 
     Attributes:
-        relevance: (batch, maps, rows, cols), float32 on the CPU, before any normalisation.
+        relevance: (batch, maps, rows, cols), float32 on the CPU, before any normalisation; not
+            finite where there is none.
         logits: (batch, classes), on the CPU; classes is 0 for a model without a head.
         class_indices: (batch, maps), the class of each map; None for a class-agnostic method.
     """
@@ -85,7 +92,7 @@ def explain_batch(model: Model, images: Tensor, options: MethodOptions) -> Batch
         AttentionCapture(model.module, first_gradient=first_gradient) as capture,
     ):
         output = model.module(images.to(model.device))
-        records = capture.take(model.layout.blocks)[start:]
+        records = capture.take(model.layout.calls)[start:]
         logits = (
             output.detach().float().cpu() if model.num_classes else images.new_empty(len(images), 0)
         )
@@ -95,7 +102,7 @@ def explain_batch(model: Model, images: Tensor, options: MethodOptions) -> Batch
         else:
             class_indices = None
             fusions = iter([[fuse_heads(record, options.head_fusion) for record in records]])
-        maps = [_patch_relevance(model, records, each, options, images) for each in fusions]
+        maps = [_patch_relevance(model, records, each, options.discard, images) for each in fusions]
     return BatchMaps(relevance=torch.stack(maps, dim=1), logits=logits, class_indices=class_indices)
 
 
@@ -112,7 +119,7 @@ def _class_indices(logits: Tensor, requests: Sequence[ClassRequest]) -> Tensor:
 
 
 def _class_fusions(
-    records: list[AttentionRecord], output: Tensor, class_indices: Tensor
+    records: list[Attention], output: Tensor, class_indices: Tensor
 ) -> Iterator[list[Fusion]]:
     """Yield for each map the gradient-weighted fusion of each block."""
     last = class_indices.shape[1] - 1
@@ -124,19 +131,23 @@ def _class_fusions(
 
 def _patch_relevance(
     model: Model,
-    records: list[AttentionRecord],
+    records: list[Attention],
     fusions: list[Fusion],
-    options: MethodOptions,
+    discard: float,
     images: Tensor,
 ) -> Tensor:
     """Compute relevance (batch, rows, cols), the part of wᵀR on the patch tokens."""
     layout = model.layout
-    tokens = records[-1].shape[-1]
-    if any(record.shape[2:] != (tokens, tokens) for record in records):
+    tokens = records[0].shape[-1]
+    inside = records[: len(records) - layout.tail]
+    if any(record.shape[2:] != (tokens, tokens) for record in inside):
         raise CaptureError("the number of tokens changes between blocks, so maps do not chain")
-    relevance = attention_rollout(
-        records, fusions, layout.readout_weights(tokens), discard=options.discard
-    )
+    if layout.tail:
+        readout = pooled_readout(fusions[-layout.tail :], tokens)
+        fusions = fusions[: -layout.tail]
+    else:
+        readout = layout.readout_weights(tokens).to(model.device)
+    relevance = attention_rollout(inside, fusions, readout, discard=discard)
     height, width = images.shape[-2:]
     rows, cols = patch_grid(model.module, (height, width), tokens - layout.prefix_tokens)
     return relevance[:, layout.prefix_tokens :].reshape(-1, rows, cols).float().cpu()

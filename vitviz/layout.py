@@ -8,19 +8,33 @@ with the reason, since rollout is not defined for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitviz.capture import AttentionCapture, AttentionRecord
+from vitviz.capture import Attention, AttentionCapture
 from vitviz.errors import UnsupportedModelError
 
-__all__ = ["AttentionCall", "Readout", "TokenLayout", "check_readout", "read_layout", "survey"]
+__all__ = [
+    "AttentionCall",
+    "Readout",
+    "TokenLayout",
+    "check_mixing",
+    "check_readout",
+    "patch_embedding",
+    "patch_grid",
+    "patch_size",
+    "read_layout",
+    "survey",
+]
+
+_INSTEAD = "use a plain ViT (deit_small, say)"
 
 
 class Readout(Enum):
@@ -31,6 +45,8 @@ class Readout(Enum):
     CLASS_AND_DISTILLATION = "mean of the class and the distillation token"
     PATCH_AVERAGE = "average of the patch tokens"
     TOKEN_AVERAGE = "average of all tokens"
+    ATTENTION_POOLING = "attention pooling"
+    CLASS_ATTENTION = "class token, which joins after the blocks and attends to all tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +61,8 @@ class TokenLayout:
         blocks: Number of transformer blocks, one attention call each.
         heads: Attention heads of the first block.
         readout: Which tokens the head reads.
+        tail: Attention calls after the blocks, of one query each, that pool the tokens.
+        pooled_from: The first token that they read; 0 without them.
     """
 
     class_tokens: int
@@ -54,6 +72,13 @@ class TokenLayout:
     blocks: int
     heads: int
     readout: Readout
+    tail: int = 0
+    pooled_from: int = 0
+
+    @property
+    def calls(self) -> int:
+        """Number of attention calls in a forward pass."""
+        return self.blocks + self.tail
 
     @property
     def prefix_tokens(self) -> int:
@@ -68,6 +93,9 @@ class TokenLayout:
     def readout_weights(self, tokens: int) -> Tensor:
         """Return w (tokens), the weights with which the head pools tokens; they sum to 1.
 
+        Attention pooling has other weights for each image: here every token that it reads counts
+        the same.
+
         Args:
             tokens: Length of the sequence, which differs from ``self.tokens`` at other input sizes.
         """
@@ -76,8 +104,8 @@ class TokenLayout:
             weights[:2] = 0.5
         elif self.readout is Readout.PATCH_AVERAGE:
             weights[self.prefix_tokens :] = 1 / (tokens - self.prefix_tokens)
-        elif self.readout is Readout.TOKEN_AVERAGE:
-            weights[:] = 1 / tokens
+        elif self.tail or self.readout is Readout.TOKEN_AVERAGE:
+            weights[self.pooled_from :] = 1 / (tokens - self.pooled_from)
         else:
             weights[0] = 1
         return weights
@@ -98,10 +126,12 @@ class AttentionCall:
 
     Attributes:
         block: Index of the block that made it; None outside the blocks.
+        tokens: Length of the sequence that entered that block; None where it is no sequence.
         shape: Of its probabilities: (batch, heads, queries, keys) where it attends globally.
     """
 
     block: int | None
+    tokens: int | None
     shape: tuple[int, ...]
 
 
@@ -123,13 +153,13 @@ def survey(module: nn.Module, input_size: tuple[int, int]) -> list[AttentionCall
     channels = _input_channels(module)
     image = torch.empty(1, channels, *input_size, device="meta", dtype=some.dtype)
     calls: list[AttentionCall] = []
-    current: list[int | None] = [None]
+    running = _Running()
 
-    def note(record: AttentionRecord) -> None:
-        shape = (*record.query.shape[:-1], record.key.shape[-2])
-        calls.append(AttentionCall(block=current[0], shape=shape))
+    def note(record: Attention) -> None:
+        call = AttentionCall(block=running.block, tokens=running.tokens, shape=record.shape)
+        calls.append(call)
 
-    with AttentionCapture(module, on_record=note), _block_marks(module, current), torch.no_grad():
+    with AttentionCapture(module, on_record=note), running.watch(module), torch.no_grad():
         try:
             torch.func.functional_call(module, state, (image,))
         except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
@@ -150,23 +180,31 @@ def read_layout(module: nn.Module, input_size: tuple[int, int]) -> TokenLayout:
     Raises:
         UnsupportedModelError: Rollout is not defined for this model, or its tokens are unknown.
     """
-    blocks = _blocks(module)
+    blocks = len(_blocks(module))
     if not blocks:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no single sequence of transformer blocks, so its "
-            "attention does not chain into a rollout; use a plain ViT (deit_small, say)"
+            f"attention does not chain into a rollout; {_INSTEAD}"
         )
     calls = survey(module, input_size)
-    tokens = _constant_tokens(module, calls, len(blocks))
-    prefix = _prefix_counts(module)
+    tokens = _constant_tokens(module, calls, blocks)
+    tail = _tail_calls(module, calls[blocks:], tokens)
+    joins_late = bool(tail) and tail[0].shape[-1] > tokens
+    counts = (0, 0, 0) if joins_late else _prefix_counts(module)
+    if not tail:
+        readout = _readout(module, sum(counts), counts[0])
+    else:
+        readout = Readout.CLASS_ATTENTION if joins_late else Readout.ATTENTION_POOLING
     return TokenLayout(
-        class_tokens=prefix[0],
-        distillation_tokens=prefix[1],
-        register_tokens=prefix[2],
-        grid=patch_grid(module, input_size, tokens - sum(prefix)),
-        blocks=len(blocks),
+        class_tokens=counts[0],
+        distillation_tokens=counts[1],
+        register_tokens=counts[2],
+        grid=patch_grid(module, input_size, tokens - sum(counts)),
+        blocks=blocks,
         heads=calls[0].shape[1],
-        readout=_readout(module, prefix),
+        readout=readout,
+        tail=len(tail),
+        pooled_from=max(tokens - tail[0].shape[-1], 0) if tail else 0,
     )
 
 
@@ -176,11 +214,13 @@ def patch_grid(module: nn.Module, input_size: tuple[int, int], patches: int) -> 
     Raises:
         UnsupportedModelError: No grid fits the number of patch tokens.
     """
-    embed: Any = getattr(module, "patch_embed", None)
+    embed: Any = patch_embedding(module)
     candidates = []
     if hasattr(embed, "dynamic_feat_size"):
         candidates.append(tuple(embed.dynamic_feat_size(input_size)))
     candidates.append(tuple(getattr(embed, "grid_size", None) or ()))
+    rows, cols = patch_size(module)
+    candidates.append((input_size[0] // rows, input_size[1] // cols))
     for grid in candidates:
         if len(grid) == 2 and math.prod(grid) == patches:
             return int(grid[0]), int(grid[1])
@@ -188,6 +228,21 @@ def patch_grid(module: nn.Module, input_size: tuple[int, int], patches: int) -> 
         f"{type(module).__name__} makes {patches} patch tokens of a "
         f"{input_size[0]}×{input_size[1]} image, and no grid that it names has that many"
     )
+
+
+def patch_embedding(module: nn.Module) -> nn.Module | None:
+    """Return the part that makes tokens of an image, None where it is not to be found."""
+    trunk = _trunk(module)
+    return getattr(trunk, "patch_embed", None) or getattr(trunk, "embeds", None)
+
+
+def patch_size(module: nn.Module) -> tuple[int, int]:
+    """Return the (height, width) of a patch in pixels, (1, 1) where the model does not say."""
+    for owner in (patch_embedding(module), _trunk(module)):
+        size = getattr(owner, "patch_size", None)
+        if size:
+            return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return 1, 1
 
 
 def check_readout(module: nn.Module, layout: TokenLayout) -> None:
@@ -203,7 +258,8 @@ def check_readout(module: nn.Module, layout: TokenLayout) -> None:
     some = next(module.parameters())
     width = int(getattr(module, "embed_dim", 0) or getattr(module, "num_features", 0))
     generator = torch.Generator().manual_seed(0)
-    last = torch.randn(1, layout.tokens, width, generator=generator)
+    joined = layout.readout is Readout.CLASS_ATTENTION  # by now the class token is in front
+    last = torch.randn(1, layout.tokens + joined, width, generator=generator)
     last = last.to(device=some.device, dtype=some.dtype).requires_grad_(True)
     with AttentionCapture(module), torch.enable_grad():
         pooled = module.forward_head(last, pre_logits=True)  # type: ignore[operator]
@@ -211,16 +267,82 @@ def check_readout(module: nn.Module, layout: TokenLayout) -> None:
         (gradient,) = torch.autograd.grad((pooled * direction).sum(), last)
     reached = gradient[0].abs().amax(dim=-1).cpu() > 0
     expected = layout.readout_weights(layout.tokens) > 0
+    if joined:
+        expected = torch.arange(layout.tokens + 1) == 0
     if not torch.equal(reached, expected):
         raise UnsupportedModelError(
             f"{type(module).__name__} should read the {layout.readout.value}, but its head depends "
-            f"on {int(reached.sum())} of {layout.tokens} tokens, not on those "
+            f"on {int(reached.sum())} of {len(reached)} tokens, not on those "
             f"{int(expected.sum())}: its readout is unknown to vitviz"
         )
 
 
+def check_mixing(module: nn.Module, input_size: tuple[int, int]) -> None:
+    """Prove that blocks mix tokens by attention alone, so that attention tells the whole story.
+
+    With every token attending to itself only, a change of one patch must not reach tokens that
+    it did not enter at. Blocks of the same structure are tried once.
+
+    Args:
+        module: The model with its weights.
+        input_size: (height, width) of the images that it will see.
+
+    Raises:
+        UnsupportedModelError: Something else mixes tokens.
+    """
+    some = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, _input_channels(module), *input_size, generator=generator)
+    changed = image.clone()
+    height, width = patch_size(module)
+    changed[..., :height, :width] += 1
+    seen: list[Tensor] = []
+
+    def note(tokens: Tensor) -> None:
+        change = (tokens[0] - tokens[1]).abs().amax(dim=-1)
+        # Equal rows of a product may differ in their last digits.
+        seen.append(change > torch.finfo(change.dtype).eps ** 0.5 * change.max())
+
+    blocks = _blocks(module)
+    structures = [repr(block) for block in blocks]
+    last = blocks[max(structures.index(structure) for structure in structures)]
+    handles = [
+        blocks[0].register_forward_pre_hook(lambda _, inputs: note(inputs[0])),
+        last.register_forward_hook(lambda _, inputs, output: _stop_after(note, output)),
+    ]
+    try:
+        with AttentionCapture(module, isolate=True), torch.no_grad():
+            module(torch.cat([image, changed]).to(device=some.device, dtype=some.dtype))
+    except _EnoughSeenError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    entered, left = seen
+    if bool((left & ~entered).any()):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} mixes tokens by more than attention inside its blocks, which "
+            f"attention maps do not show; {_INSTEAD}"
+        )
+
+
+class _EnoughSeenError(Exception):
+    """Ends a forward pass whose rest is of no interest."""
+
+
+def _stop_after(note: Callable[[Tensor], None], output: Tensor) -> None:
+    note(output)
+    raise _EnoughSeenError
+
+
+def _trunk(module: nn.Module) -> nn.Module:
+    """Return the part that owns the blocks: the model itself, or the encoder that it wraps."""
+    encoder = getattr(module, "encoder", None)
+    return encoder if isinstance(encoder, nn.Module) and hasattr(encoder, "blocks") else module
+
+
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    blocks = getattr(module, "blocks", None)
+    blocks = getattr(_trunk(module), "blocks", None)
     return list(blocks) if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else []
 
 
@@ -229,72 +351,106 @@ def _input_channels(module: nn.Module) -> int:
     return int(config.get("input_size", (3,))[0])
 
 
-@contextmanager
-def _block_marks(module: nn.Module, current: list[int | None]) -> Iterator[None]:
-    """Keep in a one-element list the index of the block that is running."""
+class _Running:
+    """Knows which block is running, and on how many tokens."""
 
-    def enter(index: int | None) -> None:
-        current[0] = index
+    def __init__(self) -> None:
+        self.block: int | None = None
+        self.tokens: int | None = None
 
-    handles = []
-    for index, block in enumerate(_blocks(module)):
-        handles += [
-            block.register_forward_pre_hook(lambda *_, index=index: enter(index)),
-            block.register_forward_hook(lambda *_: enter(None)),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    @contextmanager
+    def watch(self, module: nn.Module) -> Iterator[None]:
+        handles = []
+        for index, block in enumerate(_blocks(module)):
+            handles += [
+                block.register_forward_pre_hook(partial(self._enter, index)),
+                block.register_forward_hook(self._leave),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, index: int, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        first = inputs[0] if inputs else None
+        self.block = index
+        self.tokens = first.shape[1] if isinstance(first, Tensor) and first.dim() == 3 else None
+
+    def _leave(self, *_: object) -> None:
+        self.block = self.tokens = None
 
 
 def _constant_tokens(module: nn.Module, calls: list[AttentionCall], blocks: int) -> int:
     """Return the token count, if each block makes one attention call over all tokens."""
     name = type(module).__name__
     inside = [call for call in calls if call.block is not None]
-    if [call.block for call in inside] != list(range(blocks)):
+    if [call.block for call in calls[:blocks]] != list(range(blocks)) or len(inside) != blocks:
         raise UnsupportedModelError(
             f"{name} makes {len(inside)} visible attention calls in {blocks} blocks, and rollout "
-            "needs exactly one in each; use a plain ViT (deit_small, say)"
+            f"needs exactly one in each; {_INSTEAD}"
         )
-    if len(calls) != len(inside):
+    sizes = {size for call in inside for size in (call.tokens, *call.shape[-2:])}
+    if len(sizes) != 1 or any(len(call.shape) != 4 or call.shape[0] != 1 for call in inside):
+        seen = ", ".join(str(size) for size in sorted(size for size in sizes if size))
         raise UnsupportedModelError(
-            f"{name} makes {len(calls) - len(inside)} attention calls outside its blocks "
-            "(attention pooling), which vitviz does not read yet"
+            f"{name} attends within windows, between channels, or changes its number of tokens "
+            f"({seen} seen), so its maps do not chain; {_INSTEAD}"
         )
-    sizes = {size for call in calls for size in call.shape[-2:]}
-    if len(sizes) != 1 or any(len(call.shape) != 4 or call.shape[0] != 1 for call in calls):
+    (tokens,) = sizes
+    assert tokens is not None
+    return tokens
+
+
+def _tail_calls(
+    module: nn.Module, outside: list[AttentionCall], tokens: int
+) -> list[AttentionCall]:
+    """Return the attention calls after the blocks: none, one that pools, or class attention."""
+    if not outside:
+        return outside
+    keys = outside[0].shape[-1]
+    single = all(len(call.shape) == 4 and call.shape[2:] == (1, keys) for call in outside)
+    pools = len(outside) == 1 and keys <= tokens and getattr(module, "global_pool", "") == "map"
+    class_attention = keys == tokens + 1 and getattr(module, "global_pool", "") == "token"
+    if not single or not (pools or class_attention):
+        shapes = ", ".join(str(call.shape) for call in outside[:2])
         raise UnsupportedModelError(
-            f"{name} attends within windows or changes its number of tokens "
-            f"({', '.join(map(str, sorted(sizes)))} seen), so its maps do not chain; "
-            "use a plain ViT (deit_small, say)"
+            f"{type(module).__name__} makes {len(outside)} attention calls outside its blocks "
+            f"({shapes}); expected none, one of a single query that pools the tokens, or class "
+            f"attention; {_INSTEAD}"
         )
-    return sizes.pop()
+    return outside
 
 
 def _prefix_counts(module: nn.Module) -> tuple[int, int, int]:
     """Count class, distillation and other prefix tokens; the first two stand in front."""
-    total = int(getattr(module, "num_prefix_tokens", 0))
-    class_tokens = _token_count(getattr(module, "cls_token", None))
-    distillation = _token_count(getattr(module, "dist_token", None))
+    trunk = _trunk(module)
+    owners = (module, trunk, patch_embedding(module))
+    total = int(getattr(module, "num_prefix_tokens", getattr(trunk, "num_prefix_tokens", 0)))
+    class_tokens = min(_token_count(owners, "cls_token"), total)
+    distillation = min(_token_count(owners, "dist_token"), total - class_tokens)
     return class_tokens, distillation, total - class_tokens - distillation
 
 
-def _token_count(parameter: Tensor | None) -> int:
-    return 0 if parameter is None else int(parameter.shape[-2])
+def _token_count(owners: tuple[Any, ...], name: str) -> int:
+    found = next(
+        (tokens for owner in owners if (tokens := getattr(owner, name, None)) is not None), None
+    )
+    return 0 if found is None else int(found.shape[-2])
 
 
-def _readout(module: nn.Module, prefix: tuple[int, int, int]) -> Readout:
+def _readout(module: nn.Module, prefix: int, class_tokens: int) -> Readout:
     pooling = getattr(module, "global_pool", None)
-    if prefix[1] and hasattr(module, "head_dist"):
+    merged = getattr(module, "encoder_pool", "") not in ("", "none")
+    if hasattr(module, "head_dist"):
         return Readout.CLASS_AND_DISTILLATION
     if pooling == "token":
-        return Readout.CLASS_TOKEN if prefix[0] else Readout.FIRST_TOKEN
-    if pooling == "avg":
-        everything = getattr(module, "pool_include_prefix", False) or not sum(prefix)
+        return Readout.CLASS_TOKEN if class_tokens else Readout.FIRST_TOKEN
+    if pooling == "avg" and not merged:
+        everything = getattr(module, "pool_include_prefix", False) or not prefix
         return Readout.TOKEN_AVERAGE if everything else Readout.PATCH_AVERAGE
+    how = f"{pooling or 'nothing'!r}" + (" after merging them" if merged else "")
     raise UnsupportedModelError(
-        f"{type(module).__name__} pools its tokens by {pooling or 'nothing'!r}, which gives no "
-        "weights to read the rollout with; expected class token or average pooling"
+        f"{type(module).__name__} pools its tokens by {how}, which gives no weights to read the "
+        "rollout with; expected a class token, an average or attention pooling"
     )

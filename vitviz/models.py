@@ -17,7 +17,14 @@ from torch import nn
 
 from vitviz.errors import DeviceError, ModelError, WeightsError
 from vitviz.labels import Labels, read_labels
-from vitviz.layout import TokenLayout, check_readout, read_layout
+from vitviz.layout import (
+    TokenLayout,
+    check_mixing,
+    check_readout,
+    patch_embedding,
+    patch_size,
+    read_layout,
+)
 from vitviz.options import Fit
 from vitviz.weights import digest_weights, fetch_from_hub, mismatch, read_checkpoint
 
@@ -148,6 +155,7 @@ def load_model(
         module = built.module.to(target).eval()
     preprocessing = preprocessing_of(module, img_size)
     layout = read_layout(module, preprocessing.size)
+    check_mixing(module, preprocessing.size)
     check_readout(module, layout)
     num_classes = int(getattr(module, "num_classes", 0) or 0)
     known = _labels(module, num_classes, Path(labels) if labels else None)
@@ -201,18 +209,16 @@ def build_skeleton(name: str, img_size: tuple[int, int] | None = None) -> nn.Mod
 def preprocessing_of(module: nn.Module, img_size: tuple[int, int] | None = None) -> Preprocessing:
     """Read what a model expects of its images from its pretrained config."""
     config = timm.data.resolve_model_data_config(module)
-    embed = getattr(module, "patch_embed", None)
+    embed = patch_embedding(module)
     # What the model was built for has the last word: a config may speak of its ancestor.
     size = img_size or getattr(embed, "img_size", None) or tuple(config["input_size"][1:])
-    patch = getattr(embed, "patch_size", None) or (1, 1)
-    patch = (patch, patch) if isinstance(patch, int) else patch
     return Preprocessing(
         size=(int(size[0]), int(size[1])),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         interpolation=config["interpolation"],
         crop_pct=float(config["crop_pct"]),
-        patch=(int(patch[0]), int(patch[1])),
+        patch=patch_size(module),
         dynamic=bool(getattr(module, "dynamic_img_size", False)),
     )
 

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from vitviz.capture import AttentionRecord
+from vitviz.capture import Attention, GivenAttention
 from vitviz.options import HeadFusion
 
-__all__ = ["Fusion", "attention_rollout", "fuse_heads", "fuse_with_gradient"]
+__all__ = ["Fusion", "attention_rollout", "fuse_heads", "fuse_with_gradient", "pooled_readout"]
 
 Fusion = Callable[[slice, slice], Tensor]
 """Fused attention of one block for some images and queries: (images, queries, keys)."""
@@ -29,7 +30,7 @@ _CHUNK_ENTRIES = 1 << 20  # attention entries of all heads held at once: stays i
 
 
 def attention_rollout(
-    records: Sequence[AttentionRecord],
+    records: Sequence[Attention],
     fusions: Sequence[Fusion],
     readout: Tensor,
     *,
@@ -40,24 +41,26 @@ def attention_rollout(
     Args:
         records: One for each block that takes part, in execution order.
         fusions: The fused attention F of each of them.
-        readout: w, (tokens) or (batch, tokens).
+        readout: w, (tokens) or (batch, tokens), on the records' device.
         discard: Share of the lowest entries of F set to 0, per image and block.
 
     Returns:
         (batch, tokens); each row sums to 1.
     """
     batch, _, _, tokens = records[-1].shape
-    relevance = readout.to(records[-1].query.device).expand(batch, tokens)
+    relevance = readout.expand(batch, tokens)
     for record, fusion in zip(reversed(records), reversed(fusions), strict=True):
         relevance = _through_block(relevance, record, fusion, discard)
     return relevance
 
 
-def fuse_heads(record: AttentionRecord, head_fusion: HeadFusion) -> Fusion:
+def fuse_heads(record: Attention, head_fusion: HeadFusion) -> Fusion:
     """Fuse a block's heads by mean, max or min."""
 
     def fuse(images: slice, queries: slice) -> Tensor:
         attention = record.probabilities(images, queries)
+        if isinstance(record, GivenAttention):
+            attention = attention.clamp_(min=0)  # talking heads can go below: nothing is gathered
         if head_fusion is HeadFusion.MEAN:
             return attention.mean(dim=1)
         return attention.amax(dim=1) if head_fusion is HeadFusion.MAX else attention.amin(dim=1)
@@ -65,7 +68,7 @@ def fuse_heads(record: AttentionRecord, head_fusion: HeadFusion) -> Fusion:
     return fuse
 
 
-def fuse_with_gradient(record: AttentionRecord, output_gradient: Tensor) -> Fusion:
+def fuse_with_gradient(record: Attention, output_gradient: Tensor) -> Fusion:
     """Fuse a block's heads by relu(mean over heads of A ⊙ ∂y/∂A).
 
     Args:
@@ -81,9 +84,33 @@ def fuse_with_gradient(record: AttentionRecord, output_gradient: Tensor) -> Fusi
     return fuse
 
 
-def _through_block(
-    relevance: Tensor, record: AttentionRecord, fusion: Fusion, discard: float
-) -> Tensor:
+def pooled_readout(tail: Sequence[Fusion], tokens: int) -> Tensor:
+    """Compute w of a head that pools by attention: its own attention, fused, divided by its sum.
+
+    Class attention (CaiT) has a tail of several such calls, in which a class token looks at itself
+    and all tokens, with a residual connection: their rows are composed as blocks are, and what
+    stays on the class token, which no image has entered, is left out.
+
+    Args:
+        tail: The fused attention of the calls after the blocks, in order, each of one query.
+        tokens: Length of the sequence; prefix tokens that the pooling leaves out weigh 0.
+
+    Returns:
+        (batch, tokens), rows sum to 1; NaN where the fused attention is 0 everywhere.
+    """
+    rows = [fusion(slice(None), slice(None)).squeeze(1) for fusion in tail]
+    own = max(rows[0].shape[-1] - tokens, 0)  # 1 where the query is one of the keys
+    kept: Tensor | float = 1.0
+    gathered = torch.zeros_like(rows[0][:, own:])
+    for row in reversed(rows):
+        share = kept / (row.sum(dim=-1, keepdim=True) + own)
+        gathered = gathered + share * row[:, own:]
+        kept = share * (row[:, :own].sum(dim=-1, keepdim=True) + own)
+    gathered = gathered / gathered.sum(dim=-1, keepdim=True)
+    return F.pad(gathered, (tokens - gathered.shape[-1], 0))
+
+
+def _through_block(relevance: Tensor, record: Attention, fusion: Fusion, discard: float) -> Tensor:
     """Multiply relevance (batch, tokens) with one block's Â from the left."""
     return torch.cat(
         [
@@ -134,7 +161,7 @@ def _order_statistic(entries: Tensor, index: int) -> Tensor:
     return entries.topk(entries.shape[1] - index, dim=1, sorted=False).values.amin(dim=1)
 
 
-def _chunks(shape: tuple[int, int, int, int]) -> Iterator[tuple[slice, list[slice]]]:
+def _chunks(shape: tuple[int, ...]) -> Iterator[tuple[slice, list[slice]]]:
     """Split a batch's attention (batch, heads, queries, keys) into pieces that stay in cache."""
     batch, heads, queries, keys = shape
     images = max(1, _CHUNK_ENTRIES // (heads * queries * keys))
