@@ -270,10 +270,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _complain(str(error))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our results has left: so do we, without a word.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+
+
+def _leave_quietly() -> NoReturn:
+    """Leave because whoever read our results has left."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.dup2(devnull, sys.stderr.fileno())
+    sys.exit(141)
 
 
 def _complain(message: str) -> NoReturn:
@@ -308,6 +312,8 @@ def _explain(run: RunOptions, **method: Any) -> None:
         try:
             results = pipeline.run(model, sources, job)
             reporter.show(results, len(sources), pipeline.run_record(model, job))
+        except BrokenPipeError:
+            _leave_quietly()
         finally:
             reporter.summarize()
     raise typer.Exit(int(reporter.failed))
@@ -333,10 +339,16 @@ def _job(run: RunOptions, method: dict[str, Any]) -> Job:
 def _find(run: RunOptions) -> tuple[list[Source], list[str]]:
     """Find the images, and make sure that there are some and that results have a place."""
     from vitviz.images import find_sources
-    from vitviz.outputs import prepare_folder
+    from vitviz.outputs import prepare_folder, read_provenance
+
+    output = run.output.resolve()
+
+    def own(path: Path) -> bool:
+        """Tell whether an image found on the way is a picture that we made earlier."""
+        return path.resolve().is_relative_to(output) and read_provenance(path) is not None
 
     arguments = list(_arguments(run.sources, "\0" if run.nul else "\n"))
-    sources, fruitless = find_sources(arguments, exclude=run.output)
+    sources, fruitless = find_sources(arguments, skip=own)
     if not sources:
         where = ", ".join(fruitless) or "stdin"
         raise SourceError(f"nothing to do: no images in {where}; give images or folders of them")
@@ -344,12 +356,12 @@ def _find(run: RunOptions) -> tuple[list[Source], list[str]]:
     return sources, fruitless
 
 
-def _arguments(words: Iterable[str], separator: str) -> Iterator[str]:
-    """Yield the sources as typed, ``-`` replaced by the paths on stdin."""
+def _arguments(words: Iterable[str], separator: str) -> Iterator[str | Path]:
+    """Yield the sources as typed, ``-`` replaced by the paths on stdin, which are no globs."""
     for word in words:
         if word == "-":
             paths = os.fsdecode(sys.stdin.buffer.read()).split(separator)
-            yield from (path for path in paths if path)
+            yield from (Path(path) for path in paths if path)
         else:
             yield word
 

@@ -8,7 +8,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "Region",
     "Source",
     "find_sources",
+    "identity",
     "load_sample",
     "native_size",
     "read_file",
@@ -41,6 +42,9 @@ SUFFIXES = frozenset(
     + (".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 )
 """Endings that make a file in a folder an image; a file named by itself may have any."""
+
+
+_RESIZED_PIXELS = 1 << 25  # up to here, a crop resizes the whole image first, as timm does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,11 @@ class Region:
         """Return the (rows, cols) that the region covers on a picture of this (height, width)."""
         height, width = size
         return _span(self.top, self.bottom, height), _span(self.left, self.right, width)
+
+    def box(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """Return (left, top, right, bottom) on an image, in fractions of pixels."""
+        width, height = image.size
+        return self.left * width, self.top * height, self.right * width, self.bottom * height
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +118,16 @@ class Frame:
         rows = max(int(image.height * scale + 1e-6), height)
         cols = max(int(image.width * scale + 1e-6), width)
         top, left = round((rows - height) / 2), round((cols - width) / 2)
-        resized = image.resize((cols, rows), self.resample)
-        return resized.crop((left, top, left + width, top + height)), Region(
+        region = Region(
             left=left / cols,
             top=top / rows,
             right=(left + width) / cols,
             bottom=(top + height) / rows,
         )
+        if rows * cols > _RESIZED_PIXELS:  # a sliver would grow beyond all bounds
+            return image.resize((width, height), self.resample, region.box(image)), region
+        resized = image.resize((cols, rows), self.resample)
+        return resized.crop((left, top, left + width, top + height)), region
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,13 +165,14 @@ class ImageSample:
 
 
 def find_sources(
-    arguments: Iterable[str], *, exclude: Path | None = None
+    arguments: Iterable[str | Path], *, skip: Callable[[Path], bool] = lambda path: False
 ) -> tuple[list[Source], list[str]]:
     """Turn files, folders and globs into images, in order, each file once.
 
     Args:
-        arguments: As typed. What does not exist is taken for a file and fails when it is read.
-        exclude: A folder whose content is never taken for input (the output folder).
+        arguments: As typed; a ``Path`` is never a glob. What does not exist is taken for a file
+            and fails when it is read.
+        skip: Tells of an image found in a folder or by a glob that it is not to be taken.
 
     Returns:
         The sources, and the arguments that led to no image.
@@ -167,15 +180,14 @@ def find_sources(
     Raises:
         SourceError: Two files would write the same outputs.
     """
-    excluded = exclude.resolve() if exclude else None
-    by_file: dict[Path, Source] = {}
+    by_file: dict[str, Source] = {}
     by_key: dict[str, Source] = {}
     fruitless = []
     for argument in arguments:
         found = False
-        for path, root in _expand(argument, excluded):
+        for path, root in _expand(argument, skip):
             found = True
-            if (file := path.resolve()) in by_file:
+            if (file := identity(path)) in by_file:
                 continue
             source = Source(path=path, key=_key(path, root))
             if other := by_key.get(source.key):
@@ -185,7 +197,7 @@ def find_sources(
                 )
             by_file[file] = by_key[source.key] = source
         if not found:
-            fruitless.append(argument)
+            fruitless.append(str(argument))
     return list(by_file.values()), fruitless
 
 
@@ -201,6 +213,8 @@ def read_file(source: Source) -> ImageFile:
         content = source.path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ImageError(f"is no name that a file can have: {error}") from error
     if not content:
         raise ImageError("is empty")
     return ImageFile(source=source, content=content, digest=hashlib.sha256(content).hexdigest())
@@ -234,6 +248,8 @@ def sample_of(
             image = Image.fromarray(np.asarray(image))
         except (TypeError, ValueError) as error:
             raise ImageError(f"{name}: expected (height, width, 3) uint8 RGB: {error}") from error
+    if not image.width or not image.height:
+        raise ImageError(f"{name} has no pixels")
     rgb = _to_rgb(ImageOps.exif_transpose(image))
     source = Source(path=Path(name), key=name)
     return _sample(source, hashlib.sha256(rgb.tobytes()).hexdigest(), rgb, frame, max_size)
@@ -251,45 +267,68 @@ def native_size(
     """
     patches = (size[0] // patch[0]) * (size[1] // patch[1])
     aspect = (image[1] / patch[1]) / (image[0] / patch[0])
-    rows = min(max(round(math.sqrt(patches / aspect)), 1), patches)
-    cols = max(min(round(math.sqrt(patches * aspect)), patches // rows), 1)
+    ideal = math.sqrt(patches / aspect)
+    candidates = [
+        (rows, min(max(cols, 1), patches // rows))
+        for rows in {min(max(math.floor(ideal), 1), patches), min(math.ceil(ideal), patches)}
+        for cols in {math.floor(rows * aspect), math.ceil(rows * aspect)}
+    ]
+
+    def misfit(grid: tuple[int, int]) -> float:
+        """Weigh the error in aspect ratio and the patches not used alike."""
+        rows, cols = grid
+        return abs(math.log(cols / rows / aspect)) + math.log(patches / (rows * cols))
+
+    rows, cols = min(candidates, key=misfit)
     return rows * patch[0], cols * patch[1]
 
 
-def _expand(argument: str, excluded: Path | None) -> Iterator[tuple[Path, Path]]:
+def _expand(argument: str | Path, skip: Callable[[Path], bool]) -> Iterator[tuple[Path, Path]]:
     """Yield the images of one argument, each with the folder that its key is relative to."""
     path = Path(argument)
-    if path.is_dir():
-        yield from ((file, path.absolute().parent) for file in _walk(path, excluded))
-    elif not os.path.lexists(path) and glob.has_magic(argument):
+    if argument == "":
+        return
+    if os.path.isdir(argument):  # noqa: PTH112 (has an answer for every name)
+        yield from _inside(path, _absolute(path).parent, skip)
+    elif isinstance(argument, str) and glob.has_magic(argument) and not os.path.lexists(argument):
         root = _fixed_part(path)
         for match in sorted(glob.glob(argument, recursive=True)):  # noqa: PTH207 (any pattern)
-            if Path(match).is_dir():
-                continue
-            if Path(match).suffix.lower() in SUFFIXES and not _within(Path(match), excluded):
+            if os.path.isdir(match):  # noqa: PTH112
+                if "**" not in argument:  # which has walked into it already
+                    yield from _inside(Path(match), root, skip)
+            elif _is_image(Path(match)) and not skip(Path(match)):
                 yield Path(match), root
     else:
-        yield path, path.absolute().parent
+        yield path, _absolute(path).parent
 
 
-def _walk(folder: Path, excluded: Path | None) -> Iterator[Path]:
+def _inside(folder: Path, root: Path, skip: Callable[[Path], bool]) -> Iterator[tuple[Path, Path]]:
     """Yield the images below a folder in a fixed order; hidden files and folders are passed over.
 
     Links to folders are not followed, so that loops cannot arise.
     """
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and not _within(Path(parent, name), excluded)
-        )
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(parent, name)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in sorted(files)):
+            if not path.name.startswith(".") and _is_image(path) and not skip(path):
+                yield path, root
 
 
-def _within(path: Path, folder: Path | None) -> bool:
-    return folder is not None and path.resolve().is_relative_to(folder)
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def identity(path: Path) -> str:
+    """Return what two names of one file have in common."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):  # no such file can be: its name is all there is
+        return str(path)
+
+
+def _absolute(path: Path) -> Path:
+    """Make a path absolute and resolve its "..", without following links."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -299,15 +338,13 @@ def _fixed_part(pattern: Path) -> Path:
         if glob.has_magic(part):
             break
         fixed /= part
-    return fixed.absolute()
+    return _absolute(fixed)
 
 
 def _key(path: Path, root: Path) -> str:
     """Name a source relative to the working directory if it lies inside, else to its root."""
-    absolute = Path(os.path.abspath(path))  # noqa: PTH100  (resolves "..", follows no links)
-    here = Path.cwd()
-    base = here if absolute.is_relative_to(here) else Path(os.path.abspath(root))  # noqa: PTH100
-    return absolute.relative_to(base).as_posix()
+    absolute, here = _absolute(path), Path.cwd()
+    return absolute.relative_to(here if absolute.is_relative_to(here) else root).as_posix()
 
 
 def _decode(content: bytes) -> Image.Image:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from vitviz.errors import LabelError
@@ -29,6 +31,11 @@ class Labels:
     names: tuple[str, ...] = ()
     source: str = "unknown"
     assumed: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all names, to tell whether labels have changed."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
 
     def __getitem__(self, class_index: int) -> str | None:
         """Return the full description of a class, None when it has no name."""
@@ -127,8 +134,11 @@ def _label_names(text: str, path: Path) -> list[str]:
         return text.splitlines()
     try:
         parsed = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise LabelError(f"--labels {path} looks like JSON, but is not: {error}") from error
+    names = parsed if isinstance(parsed, list) else parsed.values()
+    if odd := next((name for name in names if not isinstance(name, (str, int, float))), None):
+        raise LabelError(f"--labels {path}: {odd!r} is no label; expected text")
     if isinstance(parsed, list):
         return [str(name) for name in parsed]
     try:
@@ -145,9 +155,10 @@ def _parse_request(word: str, labels: Labels, num_classes: int) -> Sequence[Clas
         return [ClassRequest(rank=rank + 1) for rank in range(min(int(ranks[1]), num_classes))]
     if not re.fullmatch(r"-?\d+", word, re.ASCII):
         return [ClassRequest(class_index=labels.find(word))]
-    if not 0 <= int(word) < num_classes:
+    class_index = int(word) if len(word) < 20 else num_classes
+    if not 0 <= class_index < num_classes:
         raise LabelError(f"--class {word} is outside this model's classes 0 … {num_classes - 1}")
-    return [ClassRequest(class_index=int(word))]
+    return [ClassRequest(class_index=class_index)]
 
 
 def _synonyms(name: str) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import timm
 import timm.data
@@ -26,7 +27,13 @@ from vitviz.layout import (
     read_layout,
 )
 from vitviz.options import Fit
-from vitviz.weights import digest_weights, fetch_from_hub, mismatch, read_checkpoint
+from vitviz.weights import (
+    digest_weights,
+    fetch_from_hub,
+    mismatch,
+    read_checkpoint,
+    require_answer,
+)
 
 __all__ = [
     "ALIASES",
@@ -296,6 +303,7 @@ def _build_from_file(
     arguments: dict[str, Any],
 ) -> _Built:
     checkpoint = read_checkpoint(path)
+    changed = _resized(path, checkpoint.tensors, skeleton)
     config: dict[str, Any] = dict(skeleton.pretrained_cfg)  # type: ignore[arg-type]
     num_classes = _head_size(checkpoint.tensors, config)
     overlay = {
@@ -313,25 +321,31 @@ def _build_from_file(
             pretrained_cfg_overlay=overlay,
             **arguments,
         )
-    except (RuntimeError, KeyError, ValueError, IndexError, AttributeError) as error:
+    except (RuntimeError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         expected = _skeleton(name, {**arguments, "num_classes": num_classes})
         raise WeightsError(
             f"--weights {path} does not fit {full_name}: {mismatch(checkpoint.tensors, expected)}; "
             "name the model that it was trained as with -m"
         ) from error
     module.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
-    notes = [f"{path} holds averaged (EMA) weights beside the raw ones: using the averaged"]
+    notes = [f"{path}: {change}" for change in changed]
+    if checkpoint.is_ema:
+        notes.append(f"{path}: taking its averaged (EMA) weights")
     return _Built(
         module=module,
         name=full_name,
         weights=str(path),
         multi_label=multi_label,
-        notes=tuple(notes if checkpoint.is_ema else ()),
+        notes=tuple(notes),
     )
 
 
 def _local(name: str) -> str:
     """Return the name that timm needs to build a model without asking the hub."""
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json; expected a model folder as on the hub")
     if not name.startswith("hf-hub:"):
         return name
     config = fetch_from_hub(name.removeprefix("hf-hub:"), "config.json")
@@ -341,6 +355,29 @@ def _local(name: str) -> str:
 def _skeleton(name: str, arguments: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         return _create(name, pretrained=False, **arguments)
+
+
+def _resized(path: Path, tensors: Mapping[str, torch.Tensor], skeleton: nn.Module) -> list[str]:
+    """Say which position embeddings timm will resize, as it does for another image size.
+
+    Raises:
+        WeightsError: The patch size differs; timm would resample the patch embedding in silence,
+            to a model that nobody trained.
+    """
+    expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    changes = []
+    for name, tensor in tensors.items():
+        if name not in expected or tensor.shape == expected[name]:
+            continue
+        if name.endswith("patch_embed.proj.weight"):
+            raise WeightsError(
+                f"--weights {path} does not fit: {name} is {tuple(tensor.shape)}, expected "
+                f"{tuple(expected[name])}, another patch size; name the model that they were "
+                "trained as with -m"
+            )
+        if "pos_embed" in name or "rel_pos" in name:
+            changes.append(f"{name} {tuple(tensor.shape)} resized to {tuple(expected[name])}")
+    return changes
 
 
 def _create(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
@@ -371,9 +408,15 @@ def _pretrained_source(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise WeightsError(
             f"{name} has no pretrained weights; give your own file with --weights FILE"
         )
-    if not repository or config.get("custom_load"):
-        return {}  # a format of its own, which timm fetches itself
+    if not repository:
+        url = str(config["url"])
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
+        if not cached.is_file():
+            require_answer(url, name)
+        return {}
     file = fetch_from_hub(str(repository), config.get("hf_hub_filename"))
+    if config.get("custom_load") == "hf":
+        return {}  # a format of its own, which timm reads from the cache
     return {"pretrained_cfg_overlay": {"file": str(file), "source": ""}}
 
 
@@ -382,7 +425,7 @@ def _head_size(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     classifier = config.get("classifier") or "head"
     first = classifier if isinstance(classifier, str) else classifier[0]
     weight = tensors.get(f"{first}.weight")
-    return 0 if weight is None else int(weight.shape[0])
+    return 0 if weight is None or not weight.dim() else int(weight.shape[0])
 
 
 def _full_name(name: str, config: Mapping[str, Any]) -> str:

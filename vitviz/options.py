@@ -26,6 +26,10 @@ class _Word(str, Enum):
     def __str__(self) -> str:
         return str(self.value)
 
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise OptionError(f"{value!r} is none of {', '.join(cls)}")
+
 
 class Method(_Word):
     """How attention becomes relevance."""

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from vitviz.options import Kind, Method
 __all__ = [
     "Provenance",
     "encode",
+    "is_whole",
     "output_path",
     "prepare_folder",
     "read_provenance",
@@ -32,7 +34,9 @@ __all__ = [
 ]
 
 _PNG_KEY = "vitviz"
+_PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every whole PNG
 _NAME_BYTES = 255
+_FILE_BYTES = 1 << 28  # no map is larger
 _PNG_LEVEL = 1  # five times faster than Pillow's default, for files a tenth larger
 
 
@@ -118,12 +122,26 @@ def encode(explanation: Explanation, kind: Kind, provenance: Provenance) -> byte
 def read_provenance(path: Path) -> Provenance | None:
     """Read what made a file; None when vitviz did not make it or it is damaged."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _FILE_BYTES:
+            return None
         text = _npy_text(path) if path.suffix == ".npy" else _png_text(path)
         fields = json.loads(text)
         predictions = tuple(Prediction(**entry) for entry in fields.pop("predictions"))
-        return Provenance(**fields, predictions=predictions)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError):
+        provenance = Provenance(**fields, predictions=predictions)
+    except Exception:  # a file of somebody else's may be anything
         return None
+    return provenance if isinstance(provenance.recipe, dict) else None
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a file that vitviz made still has its end; a ``.npy`` names its maker there."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return path.suffix == ".npy" or file.read() == _PNG_END
+    except OSError:
+        return False
 
 
 def write_whole(path: Path, content: bytes, provenance: Provenance) -> None:

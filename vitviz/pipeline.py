@@ -24,20 +24,35 @@ from torch import Tensor
 
 import vitviz
 from vitviz.engine import BatchMaps, class_requests, explain_batch
-from vitviz.errors import ImageError, OutputError, SourceError, VitvizError
+from vitviz.errors import (
+    ImageError,
+    ModelError,
+    OptionError,
+    OutputError,
+    SourceError,
+    VitvizError,
+)
 from vitviz.explanation import Explanation, Prediction
 from vitviz.images import (
     Frame,
     ImageFile,
     ImageSample,
     Source,
+    identity,
     load_sample,
     read_file,
     sample_of,
 )
 from vitviz.models import Model
 from vitviz.options import Fit, Job, Kind, MethodOptions, PictureOptions
-from vitviz.outputs import Provenance, encode, output_path, read_provenance, write_whole
+from vitviz.outputs import (
+    Provenance,
+    encode,
+    is_whole,
+    output_path,
+    read_provenance,
+    write_whole,
+)
 
 __all__ = [
     "Output",
@@ -55,7 +70,7 @@ After = TypeVar("After")
 
 _TOP = 5
 _BATCH_TOKENS = 3200  # 16 images of 197 tokens: larger batches gain nothing on a CPU
-_PENDING_BATCHES = 4  # how many batches' worth of images may wait for others of their shape
+_PENDING_BATCHES = 4  # how many batches an image may wait for others of its shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +148,8 @@ def explain(
         ImageError: An image cannot be read or explained.
         VitvizError: The options do not fit the model.
     """
+    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) == 3:
+        raise OptionError("expected a list of images, and got one; write [image]")
     pictures = pictures or PictureOptions()
     job = Job(method=method, pictures=pictures, fit=fit, batch_size=batch_size)
     frame = frame_of(model, fit)
@@ -143,7 +160,7 @@ def explain(
             source = Source(path=Path(image), key=Path(image).name)
             try:
                 return load_sample(read_file(source), frame, pictures.max_size)
-            except ImageError as error:
+            except (ImageError, MemoryError) as error:
                 return _failed(source, error)
         return sample_of(image, f"image {number}", frame, pictures.max_size)
 
@@ -163,8 +180,17 @@ def batch_size_for(model: Model) -> int:
 
 
 def frame_of(model: Model, fit: Fit) -> Frame:
-    """Return how images are brought to what a model takes."""
+    """Return how images are brought to what a model takes.
+
+    Raises:
+        ModelError: ``native`` is asked of a model that was built for one size.
+    """
     expected = model.preprocessing
+    if fit is Fit.NATIVE and not expected.dynamic:
+        raise ModelError(
+            f"{model.name} was built for images of {expected.size[0]}×{expected.size[1]} alone; "
+            "load it with fit='native' to keep their aspect ratio, or use squash or crop"
+        )
     return Frame(
         fit=fit,
         size=expected.size,
@@ -193,10 +219,10 @@ class _Ledger:
 
     def refuse_overwriting(self, sources: Sequence[Source]) -> None:
         """Make sure that no output has the name of a source."""
-        taken = {source.path.resolve(): source for source in sources}
+        taken = {identity(source.path) for source in sources}
         for source in sources:
             for path, _, _ in self.files(source):
-                if path.resolve() in taken:
+                if identity(path) in taken:
                     raise SourceError(
                         f"the map of {source.path} would overwrite the source {path}; "
                         "choose another --output folder"
@@ -216,7 +242,7 @@ class _Ledger:
             if self.job.skip_existing and (result := self._skipped(file)):
                 return result
             return load_sample(file, self.frame, self.job.pictures.max_size)
-        except ImageError as error:
+        except (ImageError, MemoryError) as error:
             return _failed(source, error)
 
     def write(self, item: _Explained | Result) -> Result:
@@ -245,7 +271,7 @@ class _Ledger:
         """Return the result of an image whose files are all there, made by the same recipe."""
         found = []
         for path, request, kind in self.files(file.source):
-            provenance = read_provenance(path)
+            provenance = read_provenance(path) if is_whole(path) else None
             if provenance is None or provenance.recipe != self._recipe(file.digest, request, kind):
                 return None
             found.append((path, kind, provenance))
@@ -281,6 +307,7 @@ class _Ledger:
             "fit": self.job.fit.value,
             "size": list(self.model.preprocessing.size),
             "class": request,
+            "labels": self.model.labels.digest,
             "kind": kind.value,
         }
 
@@ -313,8 +340,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _failed(source: Source, error: VitvizError) -> Result:
-    return Result(source=source, status="failed", error=str(error))
+def _failed(source: Source, error: VitvizError | MemoryError) -> Result:
+    text = str(error) if isinstance(error, VitvizError) else "needs more memory than there is"
+    return Result(source=source, status="failed", error=text)
 
 
 def _output(path: Path, kind: Kind, provenance: Provenance) -> Output:
@@ -356,8 +384,9 @@ def _batches(
         batch.append(item)
         if len(batch) == size:
             yield waiting.pop(item.pixels.shape)
-        elif sum(len(batch) for _, batch in waiting.values()) > _PENDING_BATCHES * size:
-            yield waiting.pop(next(iter(waiting)))  # the shape that has waited longest
+        for shape, (numbers, _) in list(waiting.items())[:1]:  # the one that has waited longest
+            if number - numbers[0] >= _PENDING_BATCHES * size:
+                yield waiting.pop(shape)
     yield from waiting.values()
 
 

@@ -66,12 +66,14 @@ class Reporter:
                 self._errors.print(Text(printable(text), "red"), soft_wrap=True)
             if self._as_json:
                 _write(json.dumps(_record(result, run)).encode() + b"\n")
-            elif result.status == "written":
+            elif result.status != "skipped":
                 for output in result.outputs:
                     _write(_shown_path(output.path) + self._end)
 
     def summarize(self) -> None:
-        """Say how many images there were and how fast they went."""
+        """Say how many images there were and how fast they went, if there were any."""
+        if not self._counts:
+            return
         seconds = time.perf_counter() - self._start
         done = self._counts["written"]
         parts = [f"{self._counts[status]} {status}" for status in ("written", "skipped", "failed")]

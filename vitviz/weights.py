@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import os
 import pickle
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +25,16 @@ from torch import Tensor, nn
 
 from vitviz.errors import WeightsError
 
-__all__ = ["Checkpoint", "digest_weights", "fetch_from_hub", "mismatch", "read_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "digest_weights",
+    "fetch_from_hub",
+    "mismatch",
+    "read_checkpoint",
+    "require_answer",
+]
 
-_HUB_SECONDS = 6  # how long the hub may take to say that it is there
+_HUB_SECONDS = 5  # how long the hub may take to say that it is there
 _EMA_KEYS = ("state_dict_ema", "model_ema")
 _STATE_KEYS = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("_orig_mod.", "module.", "model.")
@@ -53,7 +63,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise WeightsError(f"--weights {path} is not a file; give a .safetensors, .pth or .pt file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     wrapped, is_ema = _unwrap(content)
-    tensors = {name: tensor for name, tensor in wrapped.items() if isinstance(tensor, Tensor)}
+    tensors = {
+        name: tensor
+        for name, tensor in wrapped.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
     if not tensors:
         raise WeightsError(f"--weights {path} holds no tensors; expected a model's state dict")
     return Checkpoint(tensors=_strip_prefixes(tensors), is_ema=is_ema)
@@ -71,16 +85,23 @@ def fetch_from_hub(repository: str, filename: str | None) -> Path:
     """
     import huggingface_hub
 
-    repo_id, _, revision = repository.partition("@")
+    repo_id, _, tag = repository.partition("@")
+    where = {"revision": tag or None, "endpoint": os.environ.get("HF_ENDPOINT") or None}
     names = _hub_filenames(filename)
-    for name in names:
-        cached = huggingface_hub.try_to_load_from_cache(repo_id, name, revision=revision or None)
-        if isinstance(cached, str):
-            return Path(cached)
-    _require_hub(repository)
+    try:
+        for name in names:
+            cached = huggingface_hub.try_to_load_from_cache(repo_id, name, revision=tag or None)
+            if isinstance(cached, str):
+                return Path(cached)
+        url = huggingface_hub.hf_hub_url(repo_id, names[0], **where)
+    except huggingface_hub.errors.HFValidationError as error:
+        raise WeightsError(
+            f"{repository!r} is no name on the hub ({_first_line(error)}); expected owner/name"
+        ) from error
+    require_answer(url, repository)
     for name in names:
         try:
-            return Path(huggingface_hub.hf_hub_download(repo_id, name, revision=revision or None))
+            return Path(huggingface_hub.hf_hub_download(repo_id, name, **where))
         except huggingface_hub.errors.EntryNotFoundError:
             continue
         except (huggingface_hub.errors.HfHubHTTPError, OSError) as error:
@@ -89,6 +110,37 @@ def fetch_from_hub(repository: str, filename: str | None) -> Path:
                 "try again, or give your own file with --weights FILE"
             ) from error
     raise WeightsError(f"{repository} has none of {', '.join(names)}; use --weights FILE")
+
+
+def require_answer(url: str, wanted: str) -> None:
+    """Ask once whether a server answers; left alone, the hub's client retries for a minute.
+
+    Args:
+        url: Where to ask.
+        wanted: What is wanted from there, for the message.
+
+    Raises:
+        WeightsError: There is no answer within seconds, or asking is switched off.
+    """
+    from huggingface_hub import constants
+
+    failures: list[str] = []
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        # A thread, since looking up a name has no time limit of its own.
+        asking = threading.Thread(target=_ask, args=(url, failures), daemon=True)
+        asking.start()
+        asking.join(_HUB_SECONDS)
+        if not asking.is_alive() and not failures:
+            return
+        failures.append(f"no answer within {_HUB_SECONDS} s")
+        host = urllib.parse.urlsplit(url).netloc or url
+        reason = f"{host} cannot be reached: {failures[0]}"
+    raise WeightsError(
+        f"{wanted} is not in the cache of downloaded models and {reason}; "
+        "give your own file with --weights FILE, or run once where the hub can be reached"
+    )
 
 
 def mismatch(tensors: Mapping[str, Tensor], module: nn.Module) -> str:
@@ -133,7 +185,10 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 def _read_torch(path: Path) -> Mapping[str, Any]:
     try:
         # timm's training script stores its arguments as a Namespace, which is data alone.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(action="ignore"),
+        ):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
@@ -156,7 +211,8 @@ def _unwrap(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     for key in (*_EMA_KEYS, *_STATE_KEYS):
         inner = content.get(key)
         if isinstance(inner, Mapping) and inner:
-            return inner, key in _EMA_KEYS
+            unwrapped, is_ema = _unwrap(inner)
+            return unwrapped, is_ema or key in _EMA_KEYS
     return content, False
 
 
@@ -178,37 +234,13 @@ def _hub_filenames(filename: str | None) -> list[str]:
     return [str(Path(filename).with_suffix(".safetensors")), filename]
 
 
-def _require_hub(repository: str) -> None:
-    """Ask once whether the hub answers; left alone, its client retries for almost a minute."""
-    from huggingface_hub import constants
-
-    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        failures: list[str] = []
-        # A thread, since looking up a name has no time limit of its own.
-        asking = threading.Thread(target=_ask, args=(endpoint, failures), daemon=True)
-        asking.start()
-        asking.join(_HUB_SECONDS)
-        if asking.is_alive():
-            failures.append(f"no answer within {_HUB_SECONDS} s")
-        if not failures:
-            return
-        reason = f"{endpoint} cannot be reached: {failures[0]}"
-    raise WeightsError(
-        f"{repository} is not in the cache of downloaded models and {reason}; "
-        "give your own file with --weights FILE, or run once where the hub can be reached"
-    )
-
-
-def _ask(endpoint: str, failures: list[str]) -> None:
-    request = urllib.request.Request(endpoint, method="HEAD")
+def _ask(url: str, failures: list[str]) -> None:
     try:
+        request = urllib.request.Request(url, method="HEAD")
         urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
     except urllib.error.HTTPError:
         pass  # an answer, whatever it says
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         failures.append(_first_line(getattr(error, "reason", error)))
 
 

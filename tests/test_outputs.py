@@ -1,0 +1,408 @@
+"""Names of files, what made them, and how they appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import stat
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures_io import picture
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from vitviz import outputs
+from vitviz.errors import OutputError
+from vitviz.explanation import Explanation, Prediction
+from vitviz.images import Frame, Source, sample_of
+from vitviz.options import Fit, Kind, Method
+from vitviz.outputs import (
+    Provenance,
+    encode,
+    output_path,
+    prepare_folder,
+    read_provenance,
+    write_whole,
+)
+
+OUT = Path("vitviz-out")
+MINE = Provenance(
+    recipe={"source_sha256": "ab", "options": {"discard": 0.9}, "size": [64, 64], "class": None},
+    source="photos/caf\udce9.jpg",
+    source_id="1",
+    class_index=3,
+    class_label="tabby, tabby cat",
+    predictions=(Prediction(class_index=3, class_label="Égypt", score=0.1234567890123),),
+    versions={"vitviz": "0"},
+)
+OTHER = replace(MINE, recipe={"source_sha256": "cd"}, source="b.jpg", source_id="2")
+
+
+def explanation() -> Explanation:
+    frame = Frame(
+        fit=Fit.SQUASH,
+        size=(32, 48),
+        patch=(16, 16),
+        resample=Image.Resampling.BICUBIC,
+        crop_pct=1.0,
+    )
+    return Explanation(
+        method=Method.ROLLOUT,
+        relevance=np.random.default_rng(0).random((2, 3)).astype(np.float32),
+        sample=sample_of(picture(20, 30), "x", frame, 1024),
+    )
+
+
+def path_of(key: str, method: Method, request: str | None, kind: Kind) -> str:
+    return str(output_path(OUT, Source(path=Path(key), key=key), method, request, kind))
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("method", "request_key", "kind", "expected"),
+    [
+        (Method.ROLLOUT, None, Kind.OVERLAY, "rollout.png"),
+        (Method.ROLLOUT, None, Kind.HEATMAP, "rollout.heatmap.png"),
+        (Method.ROLLOUT, None, Kind.PANEL, "rollout.panel.png"),
+        (Method.ROLLOUT, None, Kind.NPY, "rollout.npy"),
+        (Method.GRAD_ROLLOUT, "c281", Kind.OVERLAY, "grad-rollout.c281.png"),
+        (Method.GRAD_ROLLOUT, "c281", Kind.HEATMAP, "grad-rollout.c281.heatmap.png"),
+        (Method.GRAD_ROLLOUT, "top1", Kind.PANEL, "grad-rollout.top1.panel.png"),
+        (Method.GRAD_ROLLOUT, "top5", Kind.NPY, "grad-rollout.top5.npy"),
+    ],
+)
+def test_name_is_the_contracts(
+    method: Method, request_key: str | None, kind: Kind, expected: str
+) -> None:
+    found = path_of("photos/cat.jpg", method, request_key, kind)
+    assert found == f"vitviz-out/photos/cat.jpg.{expected}"
+
+
+@pytest.mark.parametrize("key", ["a", ".hidden", "a.b.c", "a b\n.png", "-x.png", "[red].png"])
+def test_odd_names_are_kept(key: str) -> None:
+    assert path_of(key, Method.ROLLOUT, None, Kind.OVERLAY) == f"vitviz-out/{key}.rollout.png"
+
+
+LONG = ["x" * 251 + ".png", "é" * 120 + ".png", "猫" * 83 + ".jpg", "\U0001f408" * 62 + ".png"]
+LONG += [shift + "猫" * 82 + ".jpg" for shift in ("a", "ab", "abc")]
+LONG += [os.fsdecode(b"\xe9" * 250 + b".png")]
+
+
+@pytest.mark.parametrize("key", LONG, ids=range(len(LONG)))
+@pytest.mark.parametrize("kind", Kind)
+def test_long_name_is_shortened_and_ends_in_its_digest(key: str, kind: Kind) -> None:
+    path = output_path(OUT, Source(path=Path(key), key=key), Method.GRAD_ROLLOUT, "c281", kind)
+    name = os.fsencode(path.name)
+    parts = [key, "grad-rollout", "c281"]
+    parts += [kind.value] if kind in (Kind.HEATMAP, Kind.PANEL) else []
+    whole = os.fsencode(".".join([*parts, "npy" if kind is Kind.NPY else "png"]))
+    if len(whole) <= 255:
+        assert name == whole
+        return
+    assert 240 < len(name) <= 255
+    ending = b".npy" if kind is Kind.NPY else b".png"
+    digest = hashlib.sha256(whole).hexdigest()[:12].encode()
+    assert name.endswith(digest + ending)
+    if b"\xe9" * 9 not in name:
+        name.decode("utf-8")  # no character was cut in two
+
+
+def test_name_of_255_bytes_is_kept() -> None:
+    key = "x" * (255 - len(".rollout.png"))
+    assert path_of(key, Method.ROLLOUT, None, Kind.OVERLAY).endswith("/" + key + ".rollout.png")
+    assert key + "x" not in path_of(key + "x", Method.ROLLOUT, None, Kind.OVERLAY)
+
+
+def test_shortened_names_stay_apart() -> None:
+    names = {
+        path_of("猫" * 83 + tail, Method.GRAD_ROLLOUT, request, kind)
+        for tail in (".jpg", ".png")
+        for request in ("c1", "c2", "top1")
+        for kind in Kind
+    }
+    assert len(names) == 2 * 3 * 4
+
+
+def test_shortened_name_can_be_written(tmp_path: Path) -> None:
+    source = Source(path=Path("a"), key="é" * 125 + ".png")
+    path = output_path(tmp_path, source, Method.ROLLOUT, None, Kind.PANEL)
+    write_whole(path, b"x", MINE)
+    assert path.read_bytes() == b"x"
+
+
+# What made a file
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_provenance_travels_inside_the_file(tmp_path: Path, kind: Kind) -> None:
+    path = output_path(tmp_path, Source(path=Path("a"), key="a"), Method.ROLLOUT, None, kind)
+    path.write_bytes(encode(explanation(), kind, MINE))
+    assert read_provenance(path) == MINE
+
+
+def test_npy_gives_the_relevance(tmp_path: Path) -> None:
+    made = explanation()
+    path = tmp_path / "a.npy"
+    path.write_bytes(encode(made, Kind.NPY, MINE))
+    loaded = np.load(path)
+    assert loaded.dtype == np.float32
+    assert loaded.shape == (2, 3)
+    assert np.array_equal(loaded, made.relevance)
+    assert np.array_equal(np.load(path, mmap_mode="r"), made.relevance)
+
+
+@pytest.mark.parametrize("kind", [Kind.OVERLAY, Kind.HEATMAP, Kind.PANEL])
+def test_png_is_a_plain_rgb_picture(kind: Kind) -> None:
+    with Image.open(io.BytesIO(encode(explanation(), kind, MINE))) as image:
+        assert (image.format, image.mode) == ("PNG", "RGB")
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_same_map_gives_the_same_bytes(kind: Kind) -> None:
+    assert encode(explanation(), kind, MINE) == encode(explanation(), kind, MINE)
+
+
+def png_with(text: str) -> bytes:
+    info = PngInfo()
+    info.add_text("vitviz", text)
+    buffer = io.BytesIO()
+    Image.new("L", (2, 2)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def npy_of(*arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    for array in arrays:
+        np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def zip_of() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a", "b")
+    return buffer.getvalue()
+
+
+def giant_npy() -> bytes:
+    content = npy_of(np.zeros((1,), np.float32))
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999,), }"
+    return content[:10] + header.ljust(len(content) - 4 - 10 - 1) + b"\n" + content[-4:]
+
+
+FOREIGN_PNG = {
+    "nothing": b"",
+    "text": b"hello",
+    "plain": png_with("").replace(b"vitviz", b"Author"),
+    "not-json": png_with("mine"),
+    "number": png_with("5"),
+    "string": png_with('"mine"'),
+    "null": png_with("null"),
+    "list": png_with("[1, 2]"),
+    "empty": png_with("{}"),
+    "other-keys": png_with('{"predictions": [], "who": 1}'),
+    "bad-predictions": png_with('{"predictions": 5}'),
+    "bad-recipe": png_with('{"predictions": [], "recipe": 1, "source": "", "source_id": ""}'),
+    "half": encode(explanation(), Kind.OVERLAY, MINE)[:60],
+    "deep": png_with("[" * 100_000),
+}
+FOREIGN_NPY = {
+    "nothing": b"",
+    "text": b"hello",
+    "plain": npy_of(np.zeros((2, 2))),
+    "two": npy_of(np.zeros(3), np.zeros(3)),
+    "objects": b"\x80\x04\x95" + bytes(20),
+    "zip": zip_of(),
+    "broken-zip": b"PK\x03\x04" + bytes(40),
+    "half": npy_of(np.zeros((20, 20)))[:100],
+    "half-header": npy_of(np.zeros((20, 20)))[:30],
+    "giant": giant_npy(),
+}
+FOREIGN = [("a.png", name, content) for name, content in FOREIGN_PNG.items()]
+FOREIGN += [("a.npy", name, content) for name, content in FOREIGN_NPY.items()]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(name, content) for name, _, content in FOREIGN],
+    ids=[f"{name}-{what}" for name, what, _ in FOREIGN],
+)
+def test_foreign_file_in_the_way_stays(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(OutputError, match="in the way"):
+        write_whole(path, b"new", MINE)
+    assert path.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_giant_foreign_picture_in_the_way_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (64, 64)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OutputError, match="in the way"):
+        write_whole(path, b"new", MINE)
+
+
+def test_folder_in_the_way_stays(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OutputError, match="in the way"):
+        write_whole(tmp_path / "a.png", b"new", MINE)
+
+
+def test_dangling_link_in_the_way_stays(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to("nowhere")
+    with pytest.raises(OutputError, match="in the way"):
+        write_whole(tmp_path / "a.png", b"new", MINE)
+    assert (tmp_path / "a.png").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npy"])
+def test_pipe_in_the_way_never_blocks(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    os.mkfifo(path)
+    outcome: list[BaseException | None] = []
+
+    def write() -> None:
+        try:
+            write_whole(path, b"new", MINE)
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(1)
+    blocked = thread.is_alive()
+    if blocked:  # let the thread go
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        thread.join(5)
+    assert not blocked
+    assert isinstance(outcome[0], OutputError)
+
+
+@pytest.mark.parametrize("kind", [Kind.OVERLAY, Kind.NPY])
+def test_file_made_from_another_source_stays(tmp_path: Path, kind: Kind) -> None:
+    path = tmp_path / ("a.npy" if kind is Kind.NPY else "a.png")
+    path.write_bytes(before := encode(explanation(), kind, OTHER))
+    with pytest.raises(OutputError, match="made from b.jpg"):
+        write_whole(path, b"new", MINE)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [Kind.OVERLAY, Kind.NPY])
+def test_rerun_replaces_its_own(tmp_path: Path, kind: Kind) -> None:
+    path = tmp_path / ("a.npy" if kind is Kind.NPY else "a.png")
+    earlier = replace(MINE, recipe={"source_sha256": "old bytes"}, class_label=None)
+    path.write_bytes(encode(explanation(), kind, earlier))
+    write_whole(path, b"new", MINE)
+    assert path.read_bytes() == b"new"
+
+
+# Whole or not at all
+
+
+def test_folders_are_made_and_no_temporary_file_remains(tmp_path: Path) -> None:
+    write_whole(tmp_path / "p/q/a.png", b"x", MINE)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.png"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", ["write_bytes", "replace"])
+def test_nothing_remains_of_a_file_that_was_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
+) -> None:
+    def fail(path: Path, *_: object) -> None:
+        if step == "write_bytes":
+            with path.open("wb") as file:
+                file.write(b"ha")
+        raise error
+
+    monkeypatch.setattr(Path, step, fail)
+    expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        write_whole(tmp_path / "a.png", b"half a picture", MINE)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_file_survives_a_failed_rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(before := encode(explanation(), Kind.OVERLAY, MINE))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OutputError, match="No space left"):
+        write_whole(path, b"new", MINE)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a.png", b"x", MINE)
+    (tmp_path / "b.png").write_bytes(b"x")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.png", "b.png")]
+    assert modes[0] == modes[1]
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    for folder in (tmp_path / "out", tmp_path / "out/deeper"):
+        with pytest.raises(OutputError, match="cannot be written to") as caught:
+            prepare_folder(folder)
+        assert str(folder) in str(caught.value)
+        assert "None" not in str(caught.value)
+
+
+def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="Permission denied"):
+        prepare_folder(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where it likes")
+def test_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(OutputError, match="Permission denied"):
+            prepare_folder(tmp_path)
+        with pytest.raises(OutputError, match="Permission denied"):
+            write_whole(tmp_path / "a.png", b"x", MINE)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_prepared_folder_is_empty(tmp_path: Path) -> None:
+    prepare_folder(tmp_path / "p/q")
+    assert list((tmp_path / "p/q").iterdir()) == []
+
+
+def test_provenance_of_a_missing_file_is_none(tmp_path: Path) -> None:
+    assert read_provenance(tmp_path / "a.png") is None
+    assert read_provenance(tmp_path / "a.npy") is None
+
+
+def test_provenance_is_readable_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(explanation(), Kind.OVERLAY, MINE))
+    with Image.open(path) as image:
+        stored = json.loads(image.info["vitviz"])
+    assert stored["class_label"] == "tabby, tabby cat"
+    assert stored["source"] == MINE.source

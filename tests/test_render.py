@@ -1,0 +1,376 @@
+"""Heat on pictures: normalisation, colours, geometry."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from fixtures_io import picture
+from PIL import Image
+
+from vitviz.explanation import Explanation
+from vitviz.images import Frame, ImageSample, Region, Source, sample_of
+from vitviz.options import Colormap, Fit, Method, PictureOptions
+from vitviz.render import color_heat, normalize, overlay, panel, place_heat
+
+WHOLE = Region()
+
+
+def colors(colormap: Colormap) -> np.ndarray:
+    ramp = np.arange(256, dtype=np.uint8)[None]
+    table = cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{colormap.value.upper()}"))
+    return table[0, :, ::-1]
+
+
+def spot(rows: int, cols: int, row: int, col: int) -> np.ndarray:
+    grid = np.zeros((rows, cols), np.float32)
+    grid[row, col] = 1
+    return grid
+
+
+# Normalisation
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -2.0, 1e30, 1e-30])
+def test_constant_map_gives_zeros(value: float) -> None:
+    assert (normalize(np.full((3, 4), value, np.float32)) == 0).all()
+
+
+def test_normalization_spans_zero_to_one() -> None:
+    values = np.random.default_rng(0).normal(size=(50, 7, 9)).astype(np.float32)
+    for relevance in values:
+        heat = normalize(relevance)
+        assert heat.dtype == np.float32
+        assert heat.min() == 0
+        assert heat.max() == pytest.approx(1, abs=1e-6)
+        assert heat.argmax() == relevance.argmax()
+
+
+def test_normalization_ignores_scale_and_shift() -> None:
+    relevance = np.random.default_rng(0).random((4, 5)).astype(np.float32)
+    assert np.allclose(normalize(relevance * 1e-8), normalize(relevance), atol=1e-6)
+    assert np.allclose(normalize(relevance - 0.5), normalize(relevance), atol=1e-6)
+
+
+@pytest.mark.parametrize(("spread", "flat"), [(0.5e-5, True), (2e-5, False)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_range_of_a_hundred_thousandth_counts_as_constant(
+    spread: float, flat: bool, sign: int
+) -> None:
+    relevance = sign * np.array([[1.0, 1.0 - spread]], np.float32)
+    assert (normalize(relevance).max() == 0) == flat
+
+
+def test_small_values_are_not_constant_for_being_small() -> None:
+    assert normalize(np.array([[1e-12, 2e-12]], np.float32)).tolist() == [[0, 1]]
+
+
+def test_normalization_leaves_its_input_alone() -> None:
+    relevance = np.array([[1.0, 2.0]], np.float32)
+    normalize(relevance)
+    place_heat(relevance, WHOLE, (8, 8))
+    assert relevance.tolist() == [[1, 2]]
+
+
+# Placing
+
+
+@pytest.mark.parametrize("shape", [(90, 270), (270, 90), (31, 31)], ids=str)
+@pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)], ids=str)
+def test_corner_of_the_grid_lights_the_corner_of_the_picture(
+    shape: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    heat = place_heat(spot(4, 6, *corner), WHOLE, shape)
+    assert heat.shape == shape
+    assert heat[corner] > 0.9
+    for row in (0, -1):
+        for col in (0, -1):
+            if (row, col) != corner:
+                assert heat[row, col] < 0.01
+
+
+def test_hottest_pixel_lies_in_the_strongest_patch() -> None:
+    for row in range(5):
+        for col in range(8):
+            heat = place_heat(spot(5, 8, row, col), WHOLE, (150, 160))
+            top, left = np.unravel_index(heat.argmax(), heat.shape)
+            assert (top // 30, left // 20) == (row, col)
+
+
+def test_heat_has_the_picture_of_a_ramp() -> None:
+    heat = place_heat(np.arange(10, dtype=np.float32)[None], WHOLE, (20, 200))
+    assert (np.diff(heat[0]) >= -1e-6).all()
+    assert np.allclose(heat, heat[:1])
+
+
+def test_heat_stays_in_range_though_a_cubic_overshoots() -> None:
+    relevance = (np.indices((6, 6)).sum(axis=0) % 2).astype(np.float32)
+    heat = place_heat(relevance, WHOLE, (97, 101))
+    assert heat.min() >= 0
+    assert heat.max() <= 1
+
+
+REGIONS = [
+    (Region(left=0.25, right=0.75), (100, 200), (slice(0, 100), slice(50, 150))),
+    (Region(top=0.1, bottom=0.6), (50, 10), (slice(5, 30), slice(0, 10))),
+    (Region(left=1 / 3, right=2 / 3), (10, 300), (slice(0, 10), slice(100, 200))),
+    (Region(), (7, 9), (slice(0, 7), slice(0, 9))),
+]
+
+
+@pytest.mark.parametrize(("region", "size", "expected"), REGIONS, ids=str)
+def test_heat_covers_exactly_the_region(
+    region: Region, size: tuple[int, int], expected: tuple[slice, slice]
+) -> None:
+    seen = ~np.isnan(place_heat(np.ones((4, 4), np.float32), region, size))
+    wanted = np.zeros(size, bool)
+    wanted[expected] = True
+    assert np.array_equal(seen, wanted)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 2), (5, 1000)], ids=str)
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1), (14, 14)], ids=str)
+def test_any_grid_fits_any_picture(grid: tuple[int, int], size: tuple[int, int]) -> None:
+    relevance = np.arange(grid[0] * grid[1], dtype=np.float32).reshape(grid)
+    heat = place_heat(relevance, WHOLE, size)
+    assert heat.shape == size
+    assert np.isfinite(heat).all()
+    pixels = np.zeros((*size, 3), np.uint8)
+    assert overlay(pixels, heat, Colormap.TURBO, 0.5).shape == (*size, 3)
+    assert panel([pixels, pixels], "caption").dtype == np.uint8
+
+
+def test_sliver_of_a_region_covers_a_pixel() -> None:
+    region = Region(left=0.4999, right=0.5001)
+    heat = place_heat(np.ones((4, 4), np.float32), region, (3, 10))
+    assert (~np.isnan(heat)).any(axis=0).sum() == 1
+
+
+@pytest.mark.parametrize("side", [7, 8, 15, 16])
+def test_lone_hot_patch_is_not_lost_on_any_picture(side: int) -> None:
+    # 15×15 patches on pictures both smaller and larger than the grid.
+    for row in range(15):
+        heat = place_heat(spot(15, 15, row, row), WHOLE, (side, side))
+        assert heat.max() > 0
+
+
+# Colours
+
+
+@pytest.mark.parametrize("colormap", Colormap)
+def test_strongest_patch_gets_the_last_color(colormap: Colormap) -> None:
+    grid = np.random.default_rng(1).random((4, 6)).astype(np.float32) / 2
+    grid[1, 2] = 1
+    colored = color_heat(place_heat(grid, WHOLE, (60, 90)), colormap)
+    assert tuple(colored[22, 37]) == tuple(colors(colormap)[255])
+
+
+def test_strongest_patch_gets_about_the_last_color_where_no_pixel_is_its_centre() -> None:
+    heat = place_heat(spot(14, 14, 6, 9), WHOLE, (224, 224))
+    assert heat.max() >= 0.99
+
+
+def test_weakest_patch_gets_the_first_color() -> None:
+    colored = color_heat(place_heat(1 - spot(3, 3, 1, 1), WHOLE, (9, 9)), Colormap.TURBO)
+    assert tuple(colored[4, 4]) == tuple(colors(Colormap.TURBO)[0])
+
+
+def test_colors_are_rgb() -> None:
+    hot = color_heat(np.ones((1, 1), np.float32), Colormap.JET)[0, 0]
+    cold = color_heat(np.zeros((1, 1), np.float32), Colormap.JET)[0, 0]
+    assert hot[0] > 100 > hot[2]
+    assert cold[2] > 100 > cold[0]
+
+
+def test_heat_is_rounded_not_cut() -> None:
+    table = colors(Colormap.VIRIDIS)
+    levels = color_heat(np.array([[99.6 / 255, 99.4 / 255]], np.float32), Colormap.VIRIDIS)
+    assert np.array_equal(levels[0], table[[100, 99]])
+
+
+def test_unseen_pixels_are_black_in_a_heatmap_and_warn_of_nothing() -> None:
+    heat = np.full((2, 2), np.nan, np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (color_heat(heat, Colormap.TURBO) == 0).all()
+
+
+# Overlays
+
+
+def test_alpha_zero_shows_the_picture() -> None:
+    pixels = np.asarray(picture(30, 40))
+    heat = place_heat(spot(3, 3, 0, 0), WHOLE, (30, 40))
+    assert np.array_equal(overlay(pixels, heat, Colormap.TURBO, 0), pixels)
+
+
+def test_alpha_one_shows_the_heat() -> None:
+    heat = place_heat(spot(3, 3, 0, 0), WHOLE, (30, 40))
+    shown = overlay(np.asarray(picture(30, 40)), heat, Colormap.TURBO, 1)
+    assert np.array_equal(shown, color_heat(heat, Colormap.TURBO))
+
+
+def test_alpha_weighs_heat_against_picture() -> None:
+    pixels = np.asarray(picture(30, 40))
+    heat = place_heat(spot(3, 3, 0, 0), WHOLE, (30, 40))
+    mixed = 0.3 * color_heat(heat, Colormap.HOT).astype(float) + 0.7 * pixels
+    assert np.abs(overlay(pixels, heat, Colormap.HOT, 0.3) - mixed).max() <= 0.51
+
+
+def test_overlay_leaves_its_inputs_alone() -> None:
+    pixels = np.asarray(picture(30, 40)).copy()
+    heat = place_heat(spot(3, 3, 0, 0), Region(left=0.5), (30, 40))
+    before = pixels.copy(), heat.copy()
+    overlay(pixels, heat, Colormap.TURBO, 0.5)
+    assert np.array_equal(pixels, before[0])
+    assert np.array_equal(heat, before[1], equal_nan=True)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_overlay_leaves_the_rest_of_the_picture_untouched(alpha: float) -> None:
+    pixels = np.asarray(picture(40, 100))
+    heat = place_heat(spot(3, 3, 1, 1), Region(left=0.3, right=0.7), (40, 100))
+    shown = overlay(pixels, heat, Colormap.TURBO, alpha)
+    assert np.array_equal(shown[:, :30], pixels[:, :30])
+    assert np.array_equal(shown[:, 70:], pixels[:, 70:])
+    assert not np.array_equal(shown[:, 30:70], pixels[:, 30:70])
+
+
+# Explanations
+
+
+def sample(height: int, width: int, fit: Fit, max_size: int = 1024) -> ImageSample:
+    frame = Frame(
+        fit=fit,
+        size=(64, 64),
+        patch=(16, 16),
+        resample=Image.Resampling.BICUBIC,
+        crop_pct=1.0,
+    )
+    return sample_of(picture(height, width), "x", frame, max_size)
+
+
+def explanation(image: ImageSample, relevance: np.ndarray, **pictures: object) -> Explanation:
+    return Explanation(
+        method=Method.ROLLOUT,
+        relevance=relevance,
+        sample=image,
+        pictures=PictureOptions(**pictures),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("fit", Fit)
+@pytest.mark.parametrize("shape", [(120, 360), (360, 120)], ids=str)
+def test_interesting_top_left_lights_up_top_left(fit: Fit, shape: tuple[int, int]) -> None:
+    image = sample(*shape, fit)
+    rows, cols = (side // 16 for side in image.pixels.shape[:2])
+    shown = np.asarray(explanation(image, spot(rows, cols, 0, 0), alpha=1.0).overlay())
+    assert shown.shape == (*shape, 3)
+    top, left = 0, 0
+    if fit is Fit.CROP:  # the crop begins where its centred square does
+        top, left = (max(side - min(shape), 0) // 2 for side in shape)
+    hot = colors(Colormap.TURBO)[255].astype(int)
+    distance = np.abs(shown.astype(int) - hot).sum(axis=-1)
+    warm = np.argwhere(distance < 60)
+    assert len(warm)
+    assert warm.min(axis=0).tolist() == [top, left]
+    extent = [min(shape) if fit is Fit.CROP else side for side in shape]
+    assert (warm.max(axis=0) < [top + 1.5 * extent[0] / rows, left + 1.5 * extent[1] / cols]).all()
+
+
+@pytest.mark.parametrize("shape", [(120, 360), (360, 120), (121, 365)], ids=str)
+def test_crop_leaves_the_rest_of_the_picture_untouched(shape: tuple[int, int]) -> None:
+    image = sample(*shape, Fit.CROP)
+    shown = np.asarray(explanation(image, np.eye(4, dtype=np.float32), alpha=1.0).overlay())
+    changed = (shown != image.picture).any(axis=-1)
+    rows, cols = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    side = min(shape)
+    assert abs(rows[0] - (shape[0] - side) / 2) <= 1.5
+    assert abs(cols[0] - (shape[1] - side) / 2) <= 1.5
+    assert abs(rows[-1] + 1 - (shape[0] + side) / 2) <= 1.5
+    assert abs(cols[-1] + 1 - (shape[1] + side) / 2) <= 1.5
+
+
+def test_crop_lies_where_the_model_looked() -> None:
+    # A picture whose columns are numbered: what the model saw tells where it came from.
+    columns = np.tile(np.arange(200, dtype=np.uint8), (64, 1))
+    frame = Frame(
+        fit=Fit.CROP,
+        size=(64, 64),
+        patch=(16, 16),
+        resample=Image.Resampling.NEAREST,
+        crop_pct=1.0,
+    )
+    image = sample_of(columns, "x", frame, 1024)
+    _, cols = image.region.pixels((64, 200))
+    assert (image.pixels[0, 0, 0], image.pixels[0, -1, 0]) == (cols.start, cols.stop - 1)
+
+
+def test_constant_map_shows_no_heat() -> None:
+    image = sample(64, 64, Fit.SQUASH)
+    shown = np.asarray(explanation(image, np.full((4, 4), 0.2, np.float32)).heatmap())
+    assert (shown == colors(Colormap.TURBO)[0]).all()
+
+
+def test_panel_sets_three_pictures_side_by_side() -> None:
+    image = sample(50, 80, Fit.SQUASH)
+    made = explanation(image, spot(4, 4, 1, 1))
+    sheet = np.asarray(made.panel())
+    height, width = sheet.shape[:2]
+    gap = (width - 3 * 80) // 2
+    assert width == 3 * 80 + 2 * gap
+    band = height - 50
+    assert band > 0
+    expected = (image.picture, np.asarray(made.overlay()), np.asarray(made.heatmap()))
+    for position, shown in enumerate(expected):
+        left = position * (80 + gap)
+        assert np.array_equal(sheet[band:, left : left + 80], shown)
+    assert (sheet[:band] < 128).any()  # the caption
+
+
+def test_panel_of_a_tiny_picture_with_any_label_is_drawn() -> None:
+    image = sample(1, 1, Fit.SQUASH)
+    made = Explanation(
+        method=Method.GRAD_ROLLOUT,
+        relevance=spot(4, 4, 0, 0),
+        sample=image,
+        request="c1",
+        class_index=1,
+        class_label="Égyptian 猫 \U0001f408 \n [red]",
+        class_score=0.25,
+    )
+    assert made.panel().size[0] > 3
+
+
+def test_pictures_are_as_large_as_max_size() -> None:
+    image = sample(100, 400, Fit.CROP, max_size=200)
+    made = explanation(image, spot(4, 4, 0, 0))
+    assert made.overlay().size == made.heatmap().size == (200, 50)
+
+
+def test_notebook_shows_the_overlay() -> None:
+    made = explanation(sample(20, 30, Fit.SQUASH), spot(4, 4, 0, 0))
+    assert made._repr_png_().startswith(b"\x89PNG")
+
+
+def test_caption_says_class_and_score() -> None:
+    image = sample(20, 30, Fit.SQUASH)
+    made = Explanation(
+        method=Method.GRAD_ROLLOUT,
+        relevance=spot(4, 4, 0, 0),
+        sample=image,
+        request="c3",
+        class_index=3,
+        class_label="tabby, tabby cat",
+        class_score=0.254,
+    )
+    assert made.caption == "grad-rollout: tabby, tabby cat (25%)"
+    assert explanation(image, spot(4, 4, 0, 0)).caption == "rollout"
+
+
+def test_sources_are_named(tmp_path: Path) -> None:
+    image = sample(20, 30, Fit.SQUASH)
+    assert isinstance(image.source, Source)
