@@ -86,7 +86,8 @@ def fetch_from_hub(repository: str, filename: str | None) -> Path:
     import huggingface_hub
 
     repo_id, _, tag = repository.partition("@")
-    where = {"revision": tag or None, "endpoint": os.environ.get("HF_ENDPOINT") or None}
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    where: dict[str, Any] = {"revision": tag or None, "endpoint": endpoint}
     names = _hub_filenames(filename)
     try:
         for name in names:
