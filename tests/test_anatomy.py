@@ -14,8 +14,8 @@ from tiny import CASES, TinyCase
 from torch import nn
 
 from vitviz.anatomy import Anatomy, describe
+from vitviz.building import build_skeleton
 from vitviz.console import show_anatomy
-from vitviz.models import build_skeleton
 from vitviz.trace import trace_model
 
 WIDTH, TOKENS, HEADS, DEPTH, CLASSES = 192, 197, 3, 12, 1000

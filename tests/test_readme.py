@@ -9,8 +9,8 @@ import pytest
 import typer.main
 from fixtures_io import ROOT
 
+from vitviz.building import ALIASES
 from vitviz.cli import app
-from vitviz.models import ALIASES
 from vitviz.options import Colormap, Fit, HeadFusion, Kind
 
 README = ROOT / "README.md"

@@ -14,7 +14,8 @@ PACKAGE = Path(vitviz.__file__).parent
 # A room may import only rooms named before it.
 ORDER = (
     *("errors", "options", "capture", "trace", "propagation", "layout", "labels", "weights"),
-    *("models", "images", "render", "explanation", "outputs", "engine", "pipeline", "api"),
+    *("building", "models", "support", "images", "render", "explanation", "outputs"),
+    *("engine", "pipeline", "api"),
     *("anatomy", "console", "reporting", "cli", "__main__"),
 )
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

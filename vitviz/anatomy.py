@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from vitviz.errors import UnsupportedModelError
-from vitviz.layout import read_layout
 from vitviz.models import preprocessing_of
+from vitviz.support import Support, support_of
 from vitviz.trace import Attention, Encounter, ModuleRun, Product, Trace, trace_model
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "Layer",
     "PatchEmbedding",
     "PositionEmbedding",
-    "Support",
     "Tokenization",
     "describe",
 ]
@@ -285,27 +283,6 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Support:
-    """What vitviz will do with the model.
-
-    Attributes:
-        rollout: Whether attention rollout is defined for it.
-        grad_rollout: Whether gradient attention rollout is.
-        reason: Why not, where one is not.
-        readout: Which tokens the relevance is read for.
-        prefix: Its prefix tokens in words.
-        grid: (rows, cols) of the maps.
-    """
-
-    rollout: bool
-    grad_rollout: bool
-    reason: str | None = None
-    readout: str | None = None
-    prefix: str | None = None
-    grid: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """A model and its parts.
 
@@ -360,7 +337,7 @@ def describe(module: nn.Module, name: str, *, input_size: tuple[int, int] | None
     channels, height, width = _input_shape(module, input_size)
     trace = trace_model(module, (channels, height, width))
     subject = _Subject(module, trace)
-    support = _support(module, (height, width))
+    support = support_of(module, (height, width))
     blocks = _measure_blocks(subject)
     whole = trace.run_of("")
     return Anatomy(
@@ -939,22 +916,6 @@ def _outline(subject: _Subject) -> tuple[Layer, ...]:
         if run.path not in layers and subject.does_something(run):
             layers[run.path] = replace(subject.layer(run), cost=cost)
     return tuple(layers.values())
-
-
-def _support(module: nn.Module, input_size: tuple[int, int]) -> Support:
-    try:
-        layout = read_layout(module, input_size)
-    except UnsupportedModelError as error:
-        return Support(rollout=False, grad_rollout=False, reason=str(error))
-    has_logits = bool(getattr(module, "num_classes", 0))
-    return Support(
-        rollout=True,
-        grad_rollout=has_logits,
-        reason=None if has_logits else "no classifier, hence no logit to take the gradient of",
-        readout=layout.readout.value,
-        prefix=layout.described_prefix(),
-        grid=layout.grid,
-    )
 
 
 def _input_shape(module: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, int, int]:

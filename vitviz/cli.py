@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -210,17 +210,39 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="The same facts for machines.")] = False,
 ) -> None:
     """Show what a model is made of, and what vitviz can do with it. Downloads no weights."""
-    from vitviz import anatomy, console, models
+    from vitviz import anatomy, building, console, models
 
-    name = models.resolve_name(model)
+    name = building.resolve_name(model)
     typer.echo(models.describe_device(models.select_device()), err=True)
-    module = models.build_skeleton(name)
+    module = building.build_skeleton(name)
     if full:
         typer.echo(str(module))
     elif as_json:
         typer.echo(json.dumps(anatomy.describe(module, name).to_dict()))
     else:
         console.show_anatomy(anatomy.describe(module, name), Console())
+
+
+@app.command()
+def models(
+    pattern: Annotated[
+        str, typer.Argument(metavar="[PATTERN]", help="A word, or a pattern with * and ?.")
+    ] = "*",
+    supported: Annotated[
+        bool, typer.Option("--supported", help="Only those that vitviz can explain.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List timm's models, with what vitviz can do with each."""
+    from vitviz.support import find_models, survey_models
+
+    names = find_models(pattern)
+    if not names:
+        raise OptionError(f"no model's name has {pattern!r}; try a part of it, like deit or dinov2")
+    for name, support in survey_models(names):
+        if support.rollout or not supported:
+            line = json.dumps({"name": name, **asdict(support)}) if as_json else None
+            typer.echo(line or f"{name}: {support.describe()}")
 
 
 @app.command()

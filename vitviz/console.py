@@ -22,7 +22,6 @@ from vitviz.anatomy import (
     Head,
     Layer,
     PositionEmbedding,
-    Support,
     Tokenization,
 )
 
@@ -59,7 +58,7 @@ def show_anatomy(anatomy: Anatomy, console: Console) -> None:
     _show_part(console, "3", "Head", anatomy.head.cost)
     _show_rows(console, _head_rows(anatomy.head))
     console.print()
-    _show_rows(console, [("vitviz", _support_words(anatomy.support))], indent=0, style="bold cyan")
+    _show_rows(console, [("vitviz", anatomy.support.describe())], indent=0, style="bold cyan")
 
 
 def _show_title(anatomy: Anatomy, console: Console) -> None:
@@ -396,17 +395,6 @@ def _head_rows(head: Head) -> list[_Row]:
         return [*rows, ("linear", "none: the output is the pooled features, no classes")]
     linear = ", ".join(_channels(layer) for layer in head.linears) or _UNKNOWN
     return [*rows, ("linear", linear), ("classes", f"{head.classes:,}")]
-
-
-def _support_words(support: Support) -> str:
-    if not support.rollout:
-        return f"rollout and grad-rollout not supported: {support.reason}"
-    rows, cols = support.grid or (0, 0)
-    reads = f"reads the {support.readout} (prefix tokens: {support.prefix})"
-    maps = f"maps of {rows} × {cols} patches"
-    if support.grad_rollout:
-        return f"{reads}; {maps}; rollout and grad-rollout supported"
-    return f"{reads}; {maps}; rollout supported, grad-rollout not: {support.reason}"
 
 
 def _layers(layers: Sequence[Layer]) -> str:

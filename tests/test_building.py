@@ -1,0 +1,163 @@
+"""Models of the user's own: folders, factories, checkpoints; and the list of what timm has."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import timm.models
+import torch
+from safetensors.torch import save_file
+
+from vitviz.building import resolve_name
+from vitviz.cli import main
+from vitviz.errors import ModelError, WeightsError
+from vitviz.models import load_model
+from vitviz.support import find_models, judge, survey_models
+
+FACTORY = """
+import timm
+
+def tiny(**kwargs):
+    return timm.create_model("test_vit", num_classes=5, **kwargs)
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_vits.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_vits", raising=False)
+    return "my_vits"
+
+
+def test_factory_of_the_users_is_called(own_module: str) -> None:
+    model = load_model(f"{own_module}:tiny", device="cpu")
+    assert (model.name, model.num_classes, model.weights) == ("my_vits:tiny", 5, "given")
+
+
+def test_factory_takes_weights_and_another_size(own_module: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = timm.create_model("test_vit", num_classes=5, img_size=64).state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    model = load_model(
+        f"{own_module}:tiny", weights=tmp_path / "w.safetensors", img_size=(64, 64), device="cpu"
+    )
+    assert model.layout.grid == (4, 4)
+    assert torch.equal(model.module.state_dict()["head.weight"], state["head.weight"])
+
+
+def test_weights_that_do_not_fit_a_factory_are_refused(own_module: str, tmp_path: Path) -> None:
+    save_file({"head.weight": torch.ones(5, 3)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="missing"):
+        load_model(f"{own_module}:tiny", weights=tmp_path / "w.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no_such_vits:tiny", "no module 'no_such_vits'"),
+        ("my_vits:huge", "has no huge"),
+        ("my_vits:nothing", "gave a int"),
+    ],
+)
+def test_factory_that_gives_no_model_is_refused(own_module: str, name: str, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        load_model(name, device="cpu")
+
+
+def test_folder_as_on_the_hub_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = timm.create_model("test_vit", num_classes=3)
+    timm.models.save_for_hf(
+        module, tmp_path / "mine", model_config={"label_names": ["ant", "bee", "cow"]}
+    )
+    model = load_model(str(tmp_path / "mine"), device="cpu")
+    assert model.labels.names == ("ant", "bee", "cow")
+    assert torch.equal(model.module.state_dict()["head.weight"], module.state_dict()["head.weight"])
+
+
+def test_model_without_a_head_is_loaded_and_has_no_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = timm.create_model("test_vit", num_classes=0)
+    save_file(module.state_dict(), tmp_path / "w.safetensors")
+    model = load_model("test_vit", weights=tmp_path / "w.safetensors", device="cpu")
+    assert model.num_classes == 0
+
+
+def test_rectangular_size_gives_a_rectangular_grid(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")
+    model = load_model(
+        "test_vit", weights=tmp_path / "w.safetensors", img_size=(64, 96), device="cpu"
+    )
+    assert model.layout.grid == (4, 6)
+    assert any("pos_embed" in note for note in model.notes)
+
+
+def test_near_names_are_offered() -> None:
+    with pytest.raises(ModelError, match="deit_tiny"):
+        resolve_name("deit_tyni")
+
+
+def test_patterns_and_words_find_models() -> None:
+    assert "deit_tiny_patch16_224" in find_models("deit_tiny")
+    assert find_models("deit_tiny_patch16_22?") == ["deit_tiny_patch16_224"]
+    assert find_models("no such model") == []
+    assert len(find_models()) == len(timm.list_models())
+
+
+def test_shipped_answers_are_what_a_look_at_the_model_says() -> None:
+    names = ["deit_tiny_patch16_224", "vit_base_patch16_siglip_224", "xcit_nano_12_p16_224"]
+    assert dict(survey_models(names)) == {name: judge(name) for name in names}
+
+
+def test_answers_for_another_timm_are_learned_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(timm, "__version__", "9.9")
+    ((name, support),) = survey_models(["test_vit"])
+    assert (name, support.rollout) == ("test_vit", True)
+    (kept,) = (tmp_path / "vitviz").iterdir()
+    assert list(json.loads(kept.read_text())["models"]) == ["test_vit"]
+    monkeypatch.setattr("vitviz.support.judge", None)
+    assert dict(survey_models(["test_vit"])) == {"test_vit": support}
+
+
+def test_models_command_lists_names_with_what_can_be_done(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["models", "deit_tiny"])
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == find_models("deit_tiny")
+    assert all("supported" in line for line in lines)
+
+
+def test_models_command_speaks_json_and_leaves_out_the_unsupported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["models", "xcit_nano_12", "--json"])
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert records
+    assert not any(record["rollout"] for record in records)
+    with pytest.raises(SystemExit):
+        main(["models", "xcit_nano_12", "--supported"])
+    assert capsys.readouterr().out == ""
+
+
+def test_models_command_names_no_model_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["models", "no-such-model"])
+    assert left.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

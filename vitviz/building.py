@@ -1,0 +1,329 @@
+"""Names and weight files → timm models; knows nothing of tokens or images."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import timm
+import torch
+from torch import nn
+
+from vitviz.errors import ModelError, WeightsError
+from vitviz.weights import (
+    Checkpoint,
+    fetch_from_hub,
+    mismatch,
+    read_checkpoint,
+    require_answer,
+)
+
+__all__ = ["ALIASES", "Built", "build_model", "build_skeleton", "resolve_name"]
+
+ALIASES = {
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "vit_large": "vit_large_patch16_224",
+    "dinov2_small": "vit_small_patch14_dinov2",
+    "dinov2_base": "vit_base_patch14_dinov2",
+    "dinov2_large": "vit_large_patch14_dinov2",
+}
+
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Built:
+    """A module with its weights, and how it came by them.
+
+    Attributes:
+        module: The timm model.
+        name: Its name, with the tag of its weights.
+        weights: Where the weights come from, in words.
+        multi_label: Whether its classes do not exclude each other.
+        notes: What a user should be told.
+    """
+
+    module: nn.Module
+    name: str
+    weights: str
+    multi_label: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def resolve_name(name: str) -> str:
+    """Return the full name of a model for timm, aliases replaced.
+
+    Raises:
+        ModelError: timm knows no such model; near names are offered.
+    """
+    if name == "demo" or name.startswith(("hf-hub:", "local-dir:")) or _FACTORY.fullmatch(name):
+        return name
+    if (Path(name) / "config.json").is_file():
+        return f"local-dir:{name}"
+    base, dot, tag = name.partition(".")
+    base = ALIASES.get(base, base)
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(
+            name, ["demo", *ALIASES, *timm.list_models()], n=3, cutoff=0.5
+        )
+        hint = f"did you mean {', '.join(near)}?" if near else "`vitviz models` lists all names"
+        raise ModelError(f"no model is called {name!r}; {hint}")
+    tags = [full.partition(".")[2] for full in timm.list_models(f"{base}.*", pretrained=True)]
+    if tag and tag not in tags:
+        known = ", ".join(tags) or "none"
+        raise ModelError(f"{base} has no weights tagged {tag!r}; tags it has: {known}")
+    return base + dot + tag
+
+
+def build_skeleton(
+    name: str, img_size: tuple[int, int] | None = None, *, native: bool = False
+) -> nn.Module:
+    """Build a model without weights and without memory for them, on torch's meta device.
+
+    What a user's own factory makes is what it is, with its weights.
+
+    Args:
+        name: From ``resolve_name``.
+        img_size: (height, width) to build it for, instead of its own.
+        native: Whether it is to take images of any aspect ratio.
+
+    Raises:
+        ModelError: It cannot be built as asked.
+        WeightsError: Its config is on the hub, and the hub cannot be reached.
+    """
+    if _FACTORY.fullmatch(name):
+        return _call_factory(name, _size_arguments(img_size, native))
+    with torch.device("meta"):
+        return _create(_local(name), pretrained=False, **_size_arguments(img_size, native)).eval()
+
+
+def build_model(
+    name: str,
+    skeleton: nn.Module,
+    weights: Path | None,
+    img_size: tuple[int, int] | None = None,
+    *,
+    native: bool = False,
+) -> Built:
+    """Build a model with its weights.
+
+    Args:
+        name: From ``resolve_name``.
+        skeleton: From ``build_skeleton``, asked for the same.
+        weights: The user's checkpoint; None for the pretrained weights.
+        img_size: As for ``build_skeleton``.
+        native: As for ``build_skeleton``.
+
+    Raises:
+        ModelError: It cannot be built as asked.
+        WeightsError: The weights are missing or do not fit.
+    """
+    if _FACTORY.fullmatch(name):
+        return _finish_factory(name, skeleton, weights)
+    arguments = _size_arguments(img_size, native)
+    config = _config(skeleton)
+    full_name, multi_label = _full_name(name, config), _is_multi_label(config)
+    if weights is not None:
+        module, notes = _from_file(weights, _local(name), skeleton, arguments)
+        return Built(
+            module=module,
+            name=full_name,
+            weights=str(weights),
+            multi_label=multi_label,
+            notes=tuple(notes),
+        )
+    if name.startswith("hf-hub:"):
+        fetch_from_hub(name.removeprefix("hf-hub:"), None)  # into the folder beside the config
+    source = _pretrained_source(config, full_name)
+    module = _create(_local(name), pretrained=True, **source, **arguments)
+    origin = "bundled" if name == "demo" else "pretrained"
+    return Built(module=module, name=full_name, weights=origin, multi_label=multi_label)
+
+
+def _from_file(
+    path: Path, name: str, skeleton: nn.Module, arguments: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """Build a model with the weights of a file; return what should be said about them, too."""
+    checkpoint = read_checkpoint(path)
+    notes = [f"{path}: {change}" for change in _resized(path, checkpoint.tensors, skeleton)]
+    if checkpoint.is_ema:
+        notes.append(f"{path}: taking its averaged (EMA) weights")
+    num_classes = _head_size(checkpoint.tensors, _config(skeleton))
+    overlay = {
+        "state_dict": checkpoint.tensors,
+        "source": "",
+        "num_classes": num_classes,
+        "custom_load": False,
+        "label_offset": 0,
+    }
+    try:
+        module = _create(
+            name,
+            pretrained=True,
+            num_classes=num_classes,
+            pretrained_cfg_overlay=overlay,
+            **arguments,
+        )
+    except (RuntimeError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        with torch.device("meta"):
+            expected = _create(name, pretrained=False, num_classes=num_classes, **arguments)
+        raise _misfit(path, checkpoint, expected) from error
+    module.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
+    return module, notes
+
+
+def _misfit(path: Path, checkpoint: Checkpoint, expected: nn.Module) -> WeightsError:
+    return WeightsError(
+        f"--weights {path} does not fit {_config(expected).get('architecture', 'the model')}: "
+        f"{mismatch(checkpoint.tensors, expected)}; name the model that it was trained as with -m"
+    )
+
+
+def _call_factory(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """Call a user's ``package.module:function``, found from the working directory, too."""
+    home, _, function = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(home), function)
+    except ModuleNotFoundError as error:
+        if error.name is None or not home.startswith(error.name):
+            raise  # something that the user's own module imports
+        raise ModelError(
+            f"no module {home!r} to take {function} from; is it in this folder?"
+        ) from error
+    except AttributeError as error:
+        raise ModelError(f"module {home} has no {function}; expected a function") from error
+    module = factory(**arguments)
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{name} gave a {type(module).__name__}; expected a timm model")
+    return module
+
+
+def _finish_factory(name: str, module: nn.Module, weights: Path | None) -> Built:
+    if weights is None:
+        return Built(module=module, name=name, weights="given")
+    checkpoint = read_checkpoint(weights)
+    try:
+        module.load_state_dict(checkpoint.tensors)
+    except RuntimeError as error:
+        raise _misfit(weights, checkpoint, module) from error
+    return Built(module=module, name=name, weights=str(weights))
+
+
+def _config(module: nn.Module) -> dict[str, Any]:
+    return dict(getattr(module, "pretrained_cfg", None) or {})
+
+
+def _local(name: str) -> str:
+    """Return the name that timm needs to build a model without asking the hub."""
+    if name == "demo":
+        return f"local-dir:{Path(__file__).parent / 'demo'}"
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json; expected a model folder as on the hub")
+    if not name.startswith("hf-hub:"):
+        return name
+    config = fetch_from_hub(name.removeprefix("hf-hub:"), "config.json")
+    return f"local-dir:{config.parent}"
+
+
+def _resized(path: Path, tensors: Mapping[str, torch.Tensor], skeleton: nn.Module) -> list[str]:
+    """Say which position embeddings timm will resize, as it does for another image size.
+
+    Raises:
+        WeightsError: The patch size differs; timm would resample the patch embedding in silence,
+            to a model that nobody trained.
+    """
+    expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    changes = []
+    for name, tensor in tensors.items():
+        if name not in expected or tensor.shape == expected[name]:
+            continue
+        if name.endswith("patch_embed.proj.weight"):
+            raise WeightsError(
+                f"--weights {path} does not fit: {name} is {tuple(tensor.shape)}, expected "
+                f"{tuple(expected[name])}, another patch size; name the model that they were "
+                "trained as with -m"
+            )
+        if "pos_embed" in name or "rel_pos" in name:
+            changes.append(f"{name} {tuple(tensor.shape)} resized to {tuple(expected[name])}")
+    return changes
+
+
+def _create(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
+    try:
+        module: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        if "dynamic_img_size" in str(error):
+            raise ModelError(
+                f"{name} takes images of one shape only, so --fit native cannot keep their aspect "
+                "ratio; build it for another shape with --img-size, or use --fit squash or crop"
+            ) from error
+        if "img_size" in str(error):
+            raise ModelError(f"{name} takes no other image size than its own") from error
+        raise
+    return module
+
+
+def _size_arguments(img_size: tuple[int, int] | None, native: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"img_size": img_size} if img_size else {}
+    return {**arguments, "dynamic_img_size": True} if native else arguments
+
+
+def _pretrained_source(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Say where timm finds the pretrained weights: a file in the hub's cache where it can be."""
+    if config.get("source") == "local-dir" or config.get("file"):
+        return {}
+    repository = config.get("hf_hub_id")
+    if not repository and not config.get("url"):
+        raise WeightsError(
+            f"{name} has no pretrained weights; give your own file with --weights FILE"
+        )
+    if not repository:
+        url = str(config["url"])
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
+        if not cached.is_file():
+            require_answer(url, name)
+        return {}
+    file = fetch_from_hub(str(repository), config.get("hf_hub_filename"))
+    if config.get("custom_load") == "hf":
+        return {}  # a format of its own, which timm reads from the cache
+    return {"pretrained_cfg_overlay": {"file": str(file), "source": ""}}
+
+
+def _head_size(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """Read the number of classes off a checkpoint's head; 0 when it has none."""
+    classifier = config.get("classifier") or "head"
+    first = classifier if isinstance(classifier, str) else classifier[0]
+    weight = tensors.get(f"{first}.weight")
+    return 0 if weight is None or not weight.dim() else int(weight.shape[0])
+
+
+def _full_name(name: str, config: Mapping[str, Any]) -> str:
+    if ":" in name or "." in name or name == "demo" or not config.get("tag"):
+        return name
+    return f"{name}.{config['tag']}"
+
+
+def _is_multi_label(config: Mapping[str, Any]) -> bool:
+    """Ask the hub-style config of a local model; timm itself drops what it does not know."""
+    if config.get("source") != "local-dir":
+        return False
+    content = json.loads((Path(config["file"]) / "config.json").read_text(encoding="utf-8"))
+    return bool(content.get("problem_type") == "multi_label_classification")
