@@ -1,9 +1,11 @@
 # vitviz: `make setup` once, then `make test`; every target sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
+SCENE := sample_images/scenes/star-ring.png
+SCENE_CLASSES := star ring
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format clean
+.PHONY: help setup demo test check zoo census figures format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,6 +18,11 @@ setup: .venv/installed  ## create .venv and install vitviz with its tools into i
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	@touch $@
 
+demo: setup  ## explain the sample scenes with the bundled model, into vitviz-out/
+	$(BIN)/vitviz rollout -m demo sample_images/scenes
+	$(BIN)/vitviz grad-rollout -m demo $(SCENE) --save overlay --save panel \
+		$(addprefix --class ,$(SCENE_CLASSES))
+
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -q
 
@@ -24,6 +31,15 @@ check: setup  ## check format, lint and types, then run the tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+zoo: setup  ## prove the maps of every model of timm that is supported (long)
+	$(BIN)/python -m pytest -q -s tests/sweep_zoo.py
+
+census: setup  ## judge every model of timm anew, for `vitviz models`
+	$(BIN)/python -m vitviz.support
+
+figures: setup  ## measure the bundled model on 500 scenes that it has never seen
+	$(BIN)/python -m vitviz.demo.evaluate
 
 format: setup  ## format the code
 	$(BIN)/ruff format .

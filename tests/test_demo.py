@@ -1,0 +1,113 @@
+"""The bundled model looks where it should, and the engine shows it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from vitviz.demo import CLASSES
+from vitviz.demo.evaluate import FIRST_SEED, Figures, measure
+from vitviz.demo.scenes import Scene, paint_scene
+
+import vitviz
+import vitviz.engine
+
+SAMPLES = Path(__file__).parents[1] / "sample_images" / "scenes"
+
+
+@functools.cache
+def demo() -> vitviz.Model:
+    return vitviz.load_model("demo", device="cpu")
+
+
+@functools.cache
+def scenes(count: int) -> list[Scene]:
+    return [paint_scene(FIRST_SEED + index) for index in range(count)]
+
+
+@functools.cache
+def figures() -> Figures:
+    return measure(demo(), scenes(500))
+
+
+def test_demo_says_what_it_is() -> None:
+    model = demo()
+    assert (model.name, model.weights) == ("demo", "bundled")
+    assert model.labels.names == CLASSES
+    assert not model.labels.assumed
+    assert model.score_kind == "sigmoid"
+    assert model.layout.blocks == 12
+    assert model.layout.grid == (12, 12)
+    assert model.layout.described_prefix() == "1 class"
+
+
+def test_weights_are_small_and_in_half_precision() -> None:
+    file = Path(vitviz.__file__).parent / "demo" / "demo.safetensors"
+    assert file.stat().st_size <= 4e6
+    header = file.read_bytes()
+    described = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    described.pop("__metadata__", None)
+    assert {tensor["dtype"] for tensor in described.values()} == {"F16"}
+
+
+def test_labels_are_all_right_on_unseen_scenes() -> None:
+    assert figures().exact >= 0.95, asdict(figures())
+
+
+def test_grad_rollout_points_at_the_class_asked_for() -> None:
+    assert figures().maps >= 700
+    assert figures().asked >= 0.90, asdict(figures())
+    assert figures().other <= 0.03, asdict(figures())
+
+
+def test_rollout_lies_on_the_objects_more_than_their_area_says() -> None:
+    assert figures().energy >= 1.2, asdict(figures())
+
+
+def test_gradients_of_the_blocks_in_reverse_order_fail_clearly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = vitviz.engine.output_gradients
+
+    def reversed_gradients(*args: Any, **kwargs: Any) -> Any:
+        return right(*args, **kwargs)[::-1]
+
+    monkeypatch.setattr(vitviz.engine, "output_gradients", reversed_gradients)
+    mistaken = measure(demo(), scenes(500)[:100])
+    assert mistaken.asked <= 0.85, asdict(mistaken)
+
+
+def test_scenes_are_the_same_for_the_same_seed_and_differ_for_others() -> None:
+    first, again, other = paint_scene(3), paint_scene(3), paint_scene(4)
+    assert np.array_equal(first.image, again.image)
+    assert np.array_equal(first.mask, again.mask)
+    assert not np.array_equal(first.image, other.image)
+
+
+def test_masks_show_every_object_of_a_scene() -> None:
+    for scene in scenes(500)[:50]:
+        shown = set(np.unique(scene.mask)) - {0}
+        assert shown == {item.class_index + 1 for item in scene.objects}
+        assert 1 <= len(scene.objects) <= 3
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.png")), ids=lambda path: path.stem)
+def test_sample_scenes_show_what_their_names_say(path: Path) -> None:
+    mask = np.asarray(Image.open(path.parent / ".masks" / path.name))
+    named = {CLASSES.index(word) + 1 for word in path.stem.split("-")}
+    assert set(np.unique(mask)) - {0} == named
+    assert mask.shape == (384, 384)
+
+
+def test_a_run_over_the_samples_does_not_take_the_masks() -> None:
+    from vitviz.images import find_sources
+
+    found, _ = find_sources([str(SAMPLES)])
+    assert [source.path for source in found] == sorted(SAMPLES.glob("*.png"))
+    assert 8 <= len(found) <= 12
