@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+
 import oracles
 from oracles import Array
 from tiny import TinyCase
-
 from vitviz.engine import explain_batch
 from vitviz.models import Model, load_model
 from vitviz.options import HeadFusion, Method, MethodOptions

@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
-from tiny import CASES, TinyCase
 from torch import nn
 
+from tiny import CASES, TinyCase
 from vitviz.anatomy import Anatomy, describe
 from vitviz.building import build_skeleton
 from vitviz.console import show_anatomy

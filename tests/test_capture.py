@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comparison import GRADIENTS, ROLLOUTS, Setting, distance, found, loaded, requested, traced
-from tiny import CASES, TinyCase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comparison import GRADIENTS, ROLLOUTS, Setting, distance, found, loaded, requested, traced
+from tiny import CASES, TinyCase
 from vitviz.capture import AttentionCapture, output_gradients
 from vitviz.engine import explain_batch
 from vitviz.errors import CaptureError

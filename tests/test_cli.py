@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+
+import vitviz
 from fixtures_io import (
     LABELS,
     NAME,
@@ -28,9 +31,6 @@ from fixtures_io import (
     save_tiny,
     tiny_state,
 )
-from PIL import Image
-
-import vitviz
 from vitviz import models, pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")

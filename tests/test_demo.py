@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vitviz.demo import CLASSES
-from vitviz.demo.evaluate import FIRST_SEED, Figures, measure
-from vitviz.demo.scenes import Scene, paint_scene
 
 import vitviz
 import vitviz.engine
+from vitviz.demo import CLASSES
+from vitviz.demo.evaluate import FIRST_SEED, Figures, measure
+from vitviz.demo.scenes import Scene, paint_scene
 
 SAMPLES = Path(__file__).parents[1] / "sample_images" / "scenes"
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from fixtures_io import SIZE, at_most, picture, tiny_model, tiny_module
 from PIL import Image
 
 import vitviz
+from fixtures_io import SIZE, at_most, picture, tiny_model, tiny_module
 from vitviz.errors import ImageError, SourceError
 from vitviz.images import (
     Frame,

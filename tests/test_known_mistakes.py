@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import oracles
 import pytest
+
+import oracles
 from comparison import (
     GRADIENTS,
     ROLLOUTS,

@@ -7,10 +7,15 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import oracles
 from comparison import (
     GRADIENTS,
     ROLLOUTS,
@@ -25,12 +30,7 @@ from comparison import (
     requested,
     traced,
 )
-from PIL import Image
-from safetensors.torch import load_file
 from tiny import CASES, LARGE_CASES, TinyCase
-from torch import Tensor, nn
-from typer.testing import CliRunner
-
 from vitviz.cli import app
 from vitviz.engine import explain_batch
 from vitviz.models import load_model

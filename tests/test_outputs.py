@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_io import picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from fixtures_io import picture
 from vitviz import outputs
 from vitviz.errors import OutputError
 from vitviz.explanation import Explanation, Prediction

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures_io import picture, save_pictures, tiny_model, tiny_module
 from PIL import Image
 
 import vitviz
+from fixtures_io import picture, save_pictures, tiny_model, tiny_module
 from vitviz import pipeline
 from vitviz.errors import ImageError, LabelError, OptionError, SourceError, VitvizError
 from vitviz.images import Source, find_sources

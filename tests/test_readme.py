@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import typer.main
-from fixtures_io import ROOT
 
+from fixtures_io import ROOT
 from vitviz.building import ALIASES
 from vitviz.cli import app
 from vitviz.options import Colormap, Fit, HeadFusion, Kind

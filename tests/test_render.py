@@ -8,9 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from fixtures_io import picture
 from PIL import Image
 
+from fixtures_io import picture
 from vitviz.explanation import Explanation
 from vitviz.images import Frame, ImageSample, Region, Source, sample_of
 from vitviz.options import Colormap, Fit, Method, PictureOptions

@@ -17,10 +17,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from fixtures_io import NAME, SIZE, at_most, run_process, save_tiny, tiny_module, tiny_state
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fixtures_io import NAME, SIZE, at_most, run_process, save_tiny, tiny_module, tiny_state
 from vitviz.errors import WeightsError
 from vitviz.models import Model, load_model
 from vitviz.weights import digest_weights, read_checkpoint

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import oracles
 import torch
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
@@ -19,6 +18,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
+
+import oracles
 
 _SIZE: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 

@@ -255,7 +255,7 @@ def _resized(path: Path, tensors: Mapping[str, torch.Tensor], skeleton: nn.Modul
     for name, tensor in tensors.items():
         if name not in expected or tensor.shape == expected[name]:
             continue
-        if name.endswith("patch_embed.proj.weight"):
+        if name.endswith("patch_embed.proj.weight") and tensor.shape[2:] != expected[name][2:]:
             raise WeightsError(
                 f"--weights {path} does not fit: {name} is {tuple(tensor.shape)}, expected "
                 f"{tuple(expected[name])}, another patch size; name the model that they were "
