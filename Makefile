@@ -4,6 +4,9 @@ BIN := .venv/bin
 SCENE := sample_images/scenes/star-ring.png
 SCENE_CLASSES := star ring
 
+# Threads of torch that wait for work leave the processor to others meanwhile.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check zoo census figures format clean
 

@@ -426,8 +426,12 @@ def _explanations(
     """Pick one image's maps out of a batch."""
     relevance, logits = batch.relevance[row], batch.logits[row : row + 1].flatten()
     if not (relevance.isfinite().all() and logits.isfinite().all()):
-        error = ImageError("gives numbers that are not finite, so there is no map to show")
-        return _failed(sample.source, error)
+        cause = (
+            "the pooling attention sums to 0: no token speaks for this class"
+            if model.layout.tail and logits.isfinite().all()
+            else "attention or gradients overflow"
+        )
+        return _failed(sample.source, ImageError(f"gives numbers that are not finite: {cause}"))
     scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=0)
     predictions = tuple(
         Prediction(class_index=index, class_label=model.labels[index], score=float(scores[index]))
