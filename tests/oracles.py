@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import unittest.mock
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,45 @@ def trace(model: nn.Module, images: Tensor, *, blocks: int) -> Trace:
         assert np.abs(probabilities.sum(axis=3) - 1).max() < 1e-12, "not the final probabilities"
     return Trace(
         attention=attention,
+        logits=scores.detach().numpy().copy(),
+        probabilities=seen,
+        scores=scores,
+    )
+
+
+def trace_whole(model: nn.Module, images: Tensor) -> Trace:
+    """Run a float64 copy of any model in timm's manner and read every attention that it computes.
+
+    The calls come in execution order, those of a pooling head last; they need not be square. With
+    talking heads it is the attention after their mixing, which multiplies the values.
+
+    Args:
+        model: A timm model; it is copied, never touched.
+        images: (batch, channels, height, width).
+    """
+    double = copy.deepcopy(model).double().eval()
+    seen: list[Tensor] = []
+    pooling: list[nn.Module] = []
+    for module in double.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+        if hasattr(module, "attn_drop"):
+            module.attn_drop.register_forward_hook(lambda _, inputs, output: seen.append(output))
+        if hasattr(module, "latent"):  # attention pooling has no dropout to look at
+            module.register_forward_pre_hook(lambda module, inputs: pooling.append(module))
+            module.register_forward_hook(lambda module, inputs, output: pooling.clear())
+    softmax = Tensor.softmax
+
+    def watched(scores: Tensor, dim: int) -> Tensor:
+        probabilities = softmax(scores, dim=dim)
+        if pooling:
+            seen.append(probabilities)
+        return probabilities
+
+    with unittest.mock.patch.object(Tensor, "softmax", watched):
+        scores = double(images.double().requires_grad_(True))
+    return Trace(
+        attention=[probabilities.detach().numpy().copy() for probabilities in seen],
         logits=scores.detach().numpy().copy(),
         probabilities=seen,
         scores=scores,
@@ -153,6 +193,28 @@ def token_relevance(
             fused = steps.fuse_gradient(attention[block], gradients[block])
         maps.append(steps.normalise(steps.discard_lowest(fused, discard)))
     return readout @ steps.multiply(maps)
+
+
+def pooling_readout(fused: Array, tokens: int) -> Array:
+    """w of a head that pools by attention: its fused row (1, K) over the last K tokens."""
+    weights = np.zeros(tokens)
+    weights[tokens - fused.shape[1] :] = fused[0]
+    return weights / weights.sum()
+
+
+def class_attention_readout(fused: Sequence[Array], tokens: int) -> Array:
+    """w of a class token that joins after the blocks (CaiT): its row of its own blocks' rollout.
+
+    In these blocks (1, 1 + tokens) only the class token, in front, attends; the others stay as they
+    are. What remains on the class token itself, where no image has entered, is left out.
+    """
+    maps = []
+    for row in fused:
+        whole = np.zeros((tokens + 1, tokens + 1))
+        whole[0] = row[0]
+        maps.append(normalise(whole))
+    row = multiply(maps)[0, 1:]
+    return row / row.sum()
 
 
 def on_grid(tokens: Array, prefix_tokens: int, grid: tuple[int, int]) -> Array:

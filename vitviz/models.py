@@ -140,7 +140,7 @@ def load_model(
     preprocessing = preprocessing_of(module, img_size)
     layout = read_layout(module, preprocessing.size)
     check_mixing(module, preprocessing.size)
-    check_readout(module, layout)
+    check_readout(module, layout, preprocessing.size)
     num_classes = int(getattr(module, "num_classes", 0) or 0)
     known = _labels(module, num_classes, Path(labels) if labels else None)
     notes = list(built.notes)
