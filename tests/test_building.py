@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from vitviz.building import resolve_name
 from vitviz.cli import main
-from vitviz.errors import ModelError, WeightsError
+from vitviz.errors import ModelError, OptionError, WeightsError
 from vitviz.models import load_model
 from vitviz.support import find_models, judge, survey_models
 
@@ -161,3 +161,11 @@ def test_models_command_names_no_model_in_one_line(capsys: pytest.CaptureFixture
         main(["models", "no-such-model"])
     assert left.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "option", [{"weights": "w.pth"}, {"img_size": (32, 32)}, {"fit": "native"}]
+)
+def test_model_object_is_taken_as_it_is(option: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match="model object"):
+        load_model(timm.create_model("test_vit"), **option)

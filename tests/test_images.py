@@ -725,3 +725,22 @@ def test_aspect_does_not_flip() -> None:
     assert wide[1] > wide[0]
     assert tall[0] > tall[1]
     assert math.isclose(wide[0] * wide[1], tall[0] * tall[1], rel_tol=0.1)
+
+
+# What is less than a patch at an edge
+
+
+@pytest.mark.parametrize("fit", [Fit.SQUASH, Fit.CROP])
+def test_region_ends_with_the_last_whole_patch(fit: Fit) -> None:
+    frame = Frame(
+        fit=fit,
+        size=(100, 90),
+        patch=(16, 16),
+        resample=Image.Resampling.BICUBIC,
+        crop_pct=1.0,
+    )
+    fitted, region = frame.apply(Image.new("RGB", (180, 200)))
+    assert fitted.size == (90, 100)
+    assert (region.left, region.top) == (0, 0)
+    assert region.right == pytest.approx(80 / 90)
+    assert region.bottom == pytest.approx(96 / 100)

@@ -196,7 +196,9 @@ def _squashed(path: Path) -> Tensor:
 def _real_model() -> nn.Module:
     for path in (WEIGHTS, PHOTO):
         if not path.is_file():
-            pytest.skip(f"{path} is absent: only a development checkout has ../shared beside it")
+            pytest.skip(
+                f"{path} is absent: these weights and photographs are no part of the repository"
+            )
     model = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=False)
     model.load_state_dict(load_file(WEIGHTS), strict=True)
     return model.eval()

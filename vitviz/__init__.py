@@ -20,6 +20,7 @@ _HOMES = {
     "Fit": "vitviz.options",
     "HeadFusion": "vitviz.options",
     "Model": "vitviz.models",
+    "PictureOptions": "vitviz.options",
     "Prediction": "vitviz.explanation",
     "VitvizError": "vitviz.errors",
     "grad_rollout": "vitviz.api",

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from vitviz.layout import block_names
 from vitviz.models import preprocessing_of
 from vitviz.support import Support, support_of
 from vitviz.trace import Attention, Encounter, ModuleRun, Product, Trace, trace_model
@@ -327,7 +328,7 @@ def describe(module: nn.Module, name: str, *, input_size: tuple[int, int] | None
     """Measure a model and its parts on the meta device.
 
     Args:
-        module: The model, with or without weights (``models.build_skeleton``); left as it was.
+        module: The model, with or without weights (``building.build_skeleton``); left as it was.
         name: What to call it.
         input_size: (height, width) of the image, if not the one it was built for.
 
@@ -386,7 +387,7 @@ class _Subject:
 
     def part_of(self, parameter: str) -> int | None:
         """Return which part first uses a parameter: 0 tokens, 1 blocks, 2 head; None if none."""
-        if self.block_runs and parameter.startswith("blocks."):
+        if any(_within(parameter, run.path) for run in self.block_runs):
             return 1
         step = self.trace.first_use.get(parameter)
         return None if step is None else self.stage(step)
@@ -434,13 +435,11 @@ class _Subject:
 
     def _find_block_runs(self) -> list[ModuleRun]:
         """List the runs of ``blocks``, if they are one sequence of blocks that each ran once."""
-        blocks = getattr(self.module, "blocks", None)
-        if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or self.trace.error:
+        paths = block_names(self.module)
+        # Containers among them are the stages of a pyramid (EfficientNet, Twins), not blocks.
+        stages = (nn.Sequential, nn.ModuleList)
+        if self.trace.error or any(isinstance(self.modules[path], stages) for path in paths):
             return []
-        # Containers in it are the stages of a pyramid (EfficientNet, Twins), not blocks.
-        if any(isinstance(block, (nn.Sequential, nn.ModuleList)) for block in blocks):
-            return []
-        paths = [f"blocks.{index}" for index in range(len(blocks))]
         runs = [run for run in self.trace.runs if run.path in set(paths)]
         return runs if [run.path for run in runs] == paths else []
 

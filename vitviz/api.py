@@ -11,7 +11,7 @@ from PIL import Image
 
 from vitviz.explanation import Explanation
 from vitviz.models import Model
-from vitviz.options import Fit, HeadFusion, Method, MethodOptions
+from vitviz.options import Fit, HeadFusion, Method, MethodOptions, PictureOptions
 from vitviz.pipeline import explain
 
 __all__ = ["grad_rollout", "rollout"]
@@ -28,6 +28,7 @@ def rollout(
     start_layer: int = 0,
     fit: Fit | str = Fit.SQUASH,
     batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
 ) -> list[Explanation]:
     """Compute attention rollout, which knows no class (Abnar & Zuidema 2020, arXiv 2005.00928).
 
@@ -39,6 +40,7 @@ def rollout(
         start_layer: Blocks before this one are left out.
         fit: ``squash``, ``crop`` or ``native``.
         batch_size: Images run at once; None: chosen by the number of tokens.
+        pictures: How the maps draw themselves; None: as by default.
 
     Returns:
         One explanation an image.
@@ -52,18 +54,19 @@ def rollout(
         start_layer=start_layer,
         head_fusion=HeadFusion(head_fusion),
     )
-    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size)
+    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
 
 
 def grad_rollout(
     model: Model,
     images: Images,
     *,
-    classes: Iterable[int | str] = ("top1",),
+    classes: int | str | Iterable[int | str] = ("top1",),
     discard: float = 0.9,
     start_layer: int = 0,
     fit: Fit | str = Fit.SQUASH,
     batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
 ) -> list[Explanation]:
     """Compute rollout of attention weighted with the gradient of a class's logit.
 
@@ -73,11 +76,12 @@ def grad_rollout(
     Args:
         model: From ``load_model``; it is left as it was.
         images: As for ``rollout``.
-        classes: Indices, labels (``"tabby"``), ``"top1"`` or ``"topK"``.
+        classes: An index, a label (``"tabby"``), ``"top1"`` or ``"topK"``, or several of these.
         discard: As for ``rollout``.
         start_layer: As for ``rollout``.
         fit: As for ``rollout``.
         batch_size: As for ``rollout``.
+        pictures: As for ``rollout``.
 
     Returns:
         One explanation for each image and class, image by image.
@@ -85,10 +89,11 @@ def grad_rollout(
     Raises:
         VitvizError: An option or an image is not usable.
     """
+    wanted = (classes,) if isinstance(classes, (int, str)) else classes
     options = MethodOptions(
         method=Method.GRAD_ROLLOUT,
         discard=discard,
         start_layer=start_layer,
-        classes=tuple(map(str, classes)),
+        classes=tuple(map(str, wanted)),
     )
-    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size)
+    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)

@@ -72,7 +72,7 @@ def resolve_name(name: str) -> str:
     """
     if name == "demo" or name.startswith(("hf-hub:", "local-dir:")) or _FACTORY.fullmatch(name):
         return name
-    if (Path(name) / "config.json").is_file():
+    if Path(name).is_dir():
         return f"local-dir:{name}"
     base, dot, tag = name.partition(".")
     base = ALIASES.get(base, base)
@@ -80,7 +80,7 @@ def resolve_name(name: str) -> str:
         near = difflib.get_close_matches(
             name, ["demo", *ALIASES, *timm.list_models()], n=3, cutoff=0.5
         )
-        hint = f"did you mean {', '.join(near)}?" if near else "`vitviz models` lists all names"
+        hint = f"did you mean {', '.join(near)}?" if near else "`vitviz models` lists timm's"
         raise ModelError(f"no model is called {name!r}; {hint}")
     tags = [full.partition(".")[2] for full in timm.list_models(f"{base}.*", pretrained=True)]
     if tag and tag not in tags:

@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
@@ -32,11 +32,12 @@ from vitviz.options import (
     PictureOptions,
 )
 
-if TYPE_CHECKING:
-    from vitviz.images import Source
-
 __all__ = ["app", "main"]
 
+_MODEL_HELP = (
+    "A timm name, an alias, demo, hf-hub:owner/name, a folder with a config.json, or your own "
+    "package.module:factory."
+)
 _UsageError: Any = typer.BadParameter.__base__  # click's, wherever this typer keeps click
 
 app = typer.Typer(
@@ -63,9 +64,7 @@ class RunOptions:
     ]
     model: Annotated[
         str,
-        typer.Option(
-            "-m", "--model", metavar="MODEL", help="A timm name, an alias, or hf-hub:owner/name."
-        ),
+        typer.Option("-m", "--model", metavar="MODEL", help=_MODEL_HELP),
     ] = "deit_tiny"
     weights: Annotated[
         Path | None,
@@ -203,9 +202,7 @@ def _top(
 
 @app.command()
 def inspect(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A timm name, an alias, or hf-hub:owner/name.")
-    ] = "deit_tiny",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)] = "deit_tiny",
     full: Annotated[bool, typer.Option("--full", help="Print the raw module tree.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same facts for machines.")] = False,
 ) -> None:
@@ -226,7 +223,7 @@ def inspect(
 @app.command()
 def models(
     pattern: Annotated[
-        str, typer.Argument(metavar="[PATTERN]", help="A word, or a pattern with * and ?.")
+        str, typer.Argument(metavar="PATTERN", help="A word, or a pattern with * and ?.")
     ] = "*",
     supported: Annotated[
         bool, typer.Option("--supported", help="Only those that vitviz can explain.")
@@ -239,10 +236,13 @@ def models(
     names = find_models(pattern)
     if not names:
         raise OptionError(f"no model's name has {pattern!r}; try a part of it, like deit or dinov2")
-    for name, support in survey_models(names):
-        if support.rollout or not supported:
-            line = json.dumps({"name": name, **asdict(support)}) if as_json else None
-            typer.echo(line or f"{name}: {support.describe()}")
+    try:
+        for name, support in survey_models(names):
+            if support.rollout or not supported:
+                line = json.dumps({"name": name, **asdict(support)}) if as_json else None
+                typer.echo(line or f"{name}: {support.describe()}")
+    except BrokenPipeError:
+        _leave_quietly()
 
 
 @app.command()
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Exit codes: 0 all done, 1 an image failed, 2 nothing could be done, 130 and 143 interrupted.
     """
     try:
-        sys.exit(app(args=arguments, standalone_mode=False) or 0)
+        sys.exit(app(args=arguments, prog_name="vitviz", standalone_mode=False) or 0)
     except _UsageError as error:
         if message := error.format_message().strip():  # empty when help was shown instead
             _complain(message)
@@ -309,7 +309,7 @@ def _complain(message: str) -> NoReturn:
 
 def _explain(run: RunOptions, **method: Any) -> None:
     """Do what an explaining command asks for."""
-    job = _job(run, method)
+    job, img_size = _job(run, method), _size(run.img_size)
     sources, fruitless = _find(run)
 
     # Only now torch: a mistake above is told at once.
@@ -326,7 +326,7 @@ def _explain(run: RunOptions, **method: Any) -> None:
         labels=run.labels,
         device=run.device,
         fit=run.fit,
-        img_size=_size(run.img_size),
+        img_size=img_size,
     )
     for note in model.notes:
         reporter.say(note, "yellow")
@@ -358,16 +358,14 @@ def _job(run: RunOptions, method: dict[str, Any]) -> Job:
     )
 
 
-def _find(run: RunOptions) -> tuple[list[Source], list[str]]:
+def _find(run: RunOptions) -> tuple[list[Any], list[str]]:
     """Find the images, and make sure that there are some and that results have a place."""
     from vitviz.images import find_sources
     from vitviz.outputs import prepare_folder, read_provenance
 
-    output = run.output.resolve()
-
     def own(path: Path) -> bool:
-        """Tell whether an image found on the way is a picture that we made earlier."""
-        return path.resolve().is_relative_to(output) and read_provenance(path) is not None
+        """Tell whether an image found on the way is a picture that vitviz made."""
+        return read_provenance(path) is not None
 
     arguments = list(_arguments(run.sources, "\0" if run.nul else "\n"))
     sources, fruitless = find_sources(arguments, skip=own)

@@ -9,7 +9,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,24 @@ class Frame:
         """Fit an RGB image; return what the model sees and where on the image that lies."""
         height, width = self.size
         if self.fit is Fit.CROP:
-            return self._crop(image)
+            fitted, region = self._crop(image)
+            return fitted, self._in_patches(region)
         if self.fit is Fit.NATIVE:
             height, width = native_size((image.height, image.width), self.size, self.patch)
-        return image.resize((width, height), self.resample), Region()
+        return image.resize((width, height), self.resample), self._in_patches(Region())
+
+    def _in_patches(self, region: Region) -> Region:
+        """Leave out what is less than a patch at the right and at the bottom: no token sees it."""
+        if self.fit is Fit.NATIVE:
+            return region
+        rows, cols = (
+            side // patch * patch / side for side, patch in zip(self.size, self.patch, strict=True)
+        )
+        return replace(
+            region,
+            right=region.left + (region.right - region.left) * cols,
+            bottom=region.top + (region.bottom - region.top) * rows,
+        )
 
     def _crop(self, image: Image.Image) -> tuple[Image.Image, Region]:
         """Resize and cut out the centre, to the pixel as timm evaluates."""

@@ -66,7 +66,7 @@ class Labels:
         words = {synonym: i for i, name in enumerate(self.names) for synonym in _synonyms(name)}
         near = difflib.get_close_matches(label.casefold(), words, n=3, cutoff=0.6)
         found = [word for word in words if label.casefold() in word.split()]
-        offers = list(dict.fromkeys([*near, *found]))[:4]
+        offers = list(dict.fromkeys([*found[:2], *near]))[:4]
         hint = ", ".join(f"{word!r} ({words[word]})" for word in offers)
         return f"--class {label!r} is no label of this model; " + (
             f"near labels: {hint}" if hint else "give an index or one of its labels"

@@ -25,6 +25,7 @@ __all__ = [
     "AttentionCall",
     "Readout",
     "TokenLayout",
+    "block_names",
     "check_mixing",
     "check_readout",
     "patch_embedding",
@@ -59,7 +60,6 @@ class TokenLayout:
         register_tokens: Number of registers and other prefix tokens.
         grid: (rows, cols) of the patch tokens.
         blocks: Number of transformer blocks, one attention call each.
-        heads: Attention heads of the first block.
         readout: Which tokens the head reads.
         tail: Attention calls after the blocks, of one query each, that pool the tokens.
         pooled_from: The first token that they read; 0 without them.
@@ -70,7 +70,6 @@ class TokenLayout:
     register_tokens: int
     grid: tuple[int, int]
     blocks: int
-    heads: int
     readout: Readout
     tail: int = 0
     pooled_from: int = 0
@@ -201,7 +200,6 @@ def read_layout(module: nn.Module, input_size: tuple[int, int]) -> TokenLayout:
         register_tokens=counts[2],
         grid=patch_grid(module, input_size, tokens - sum(counts)),
         blocks=blocks,
-        heads=calls[0].shape[1],
         readout=readout,
         tail=len(tail),
         pooled_from=max(tokens - tail[0].shape[-1], 0) if tail else 0,
@@ -228,6 +226,12 @@ def patch_grid(module: nn.Module, input_size: tuple[int, int], patches: int) -> 
         f"{type(module).__name__} makes {patches} patch tokens of a "
         f"{input_size[0]}×{input_size[1]} image, and no grid that it names has that many"
     )
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """Return the names of a model's blocks; empty where they are no single sequence."""
+    home = "" if _trunk(module) is module else "encoder."
+    return [f"{home}blocks.{index}" for index in range(len(_blocks(module)))]
 
 
 def patch_embedding(module: nn.Module) -> nn.Module | None:

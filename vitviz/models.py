@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vitviz.building import Built, build_model, build_skeleton, resolve_name
-from vitviz.errors import DeviceError
+from vitviz.errors import DeviceError, OptionError
 from vitviz.labels import Labels, read_labels
 from vitviz.layout import (
     TokenLayout,
@@ -131,6 +131,8 @@ def load_model(
         DeviceError: The device is not on this machine.
     """
     if isinstance(model, nn.Module):
+        if weights is not None or img_size is not None or Fit(fit) is Fit.NATIVE:
+            raise OptionError("a model object is taken as it is: weights, size and fit are its own")
         built = Built(module=model, name=_own_name(model), weights="given")
         module = model if device == "auto" else model.to(select_device(device))
     else:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -167,28 +168,12 @@ def write_whole(path: Path, content: bytes, provenance: Provenance) -> None:
 @contextlib.contextmanager
 def _temporary(folder: Path) -> Iterator[Path]:
     """Give the path of a new file of this process, gone afterwards if it was not moved away."""
-    handle, name = tempfile.mkstemp(prefix=f".vitviz-{os.getpid()}-", suffix=".tmp", dir=folder)
-    os.close(handle)
-    path = Path(name)
-    path.chmod(0o666 & ~_umask())
+    path = folder / f".vitviz-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    path.touch(exist_ok=False)
     try:
         yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """Return the permission bits that new files must not have."""
-    return _UMASK
-
-
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _read_umask()  # read once while importing: reading it means setting it for a moment
 
 
 def _short(name: str) -> str:

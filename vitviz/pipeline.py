@@ -7,12 +7,13 @@ full batches, threads draw and write. Each holds only a bounded number of images
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,7 +123,7 @@ def run(model: Model, sources: Sequence[Source], job: Job) -> Iterator[Result]:
         depth = _ahead(job, model)
         prepared = _map_ahead(pool, ledger.prepare, sources, depth)
         explained = _explained(model, prepared, job)
-        yield from _map_ahead(pool, ledger.write, explained, depth)
+        yield from _map_ahead(pool, ledger.write, explained, depth, drain=True)
 
 
 def explain(
@@ -298,18 +299,21 @@ class _Ledger:
 
     def _recipe(self, digest: str, request: str | None, kind: Kind) -> dict[str, Any]:
         method = self.job.method
-        return {
+        recipe = {
             "source_sha256": digest,
             "model": self.model.name,
             "weights_sha256": self.model.digest,
             "method": method.method.value,
             "options": {**method.described(), **self.job.pictures.described(kind)},
             "fit": self.job.fit.value,
-            "size": list(self.model.preprocessing.size),
+            "preprocessing": asdict(self.model.preprocessing),
             "class": request,
             "labels": self.model.labels.digest,
             "kind": kind.value,
+            "vitviz": vitviz.__version__,
+            "timm": timm.__version__,
         }
+        return dict(json.loads(json.dumps(recipe)))  # as it reads back from a file
 
 
 def run_record(model: Model, job: Job) -> dict[str, Any]:
@@ -326,6 +330,8 @@ def run_record(model: Model, job: Job) -> dict[str, Any]:
                 **job.pictures.described(Kind.OVERLAY),
                 "fit": job.fit.value,
                 "size": list(model.preprocessing.size),
+                "class": list(job.method.classes) if class_requests(model, job.method) else [],
+                "save": [kind.value for kind in job.pictures.kinds],
             },
         },
     }
@@ -483,12 +489,22 @@ def _map_ahead(
     function: Callable[[Before], After],
     items: Iterable[Before],
     depth: int,
+    *,
+    drain: bool = False,
 ) -> Iterator[After]:
-    """Map in threads, in order, at most ``depth`` items ahead of the one asked for."""
+    """Map in threads, in order, at most ``depth`` items ahead of the one asked for.
+
+    With ``drain``, what is done or under way when the user interrupts is yielded all the same.
+    """
     futures: deque[Future[After]] = deque()
-    for item in items:
-        futures.append(pool.submit(function, item))
-        if len(futures) > depth:
-            yield futures.popleft().result()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > depth:
+                yield futures.popleft().result()
+    except (KeyboardInterrupt, SystemExit):
+        if drain:
+            yield from (future.result() for future in futures if not future.cancel())
+        raise
     while futures:
         yield futures.popleft().result()

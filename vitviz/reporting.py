@@ -65,10 +65,10 @@ class Reporter:
                 text = f"failed: {result.source.path} {result.error}"
                 self._errors.print(Text(printable(text), "red"), soft_wrap=True)
             if self._as_json:
-                _write(json.dumps(_record(result, run)).encode() + b"\n")
+                self._write(json.dumps(_record(result, run)), b"\n")
             elif result.status != "skipped":
                 for output in result.outputs:
-                    _write(_shown_path(output.path) + self._end)
+                    self._write(os.fspath(output.path), self._end)
 
     def summarize(self) -> None:
         """Say how many images there were and how fast they went, if there were any."""
@@ -85,13 +85,27 @@ class Reporter:
         """Whether an image failed."""
         return bool(self._counts["failed"])
 
+    @property
+    def _shows_progress(self) -> bool:
+        return not self._quiet and self._errors.is_terminal
+
+    def _write(self, text: str, end: bytes) -> None:
+        """Write a result to stdout: byte for byte for programs, readable for people."""
+        if not sys.stdout.isatty():
+            sys.stdout.buffer.write(os.fsencode(text) + end)
+            sys.stdout.buffer.flush()
+        elif self._shows_progress:  # one terminal for both: the line goes above the bar
+            self._errors.print(Text(printable(text)), soft_wrap=True)
+        else:
+            print(printable(text), flush=True)
+
     def _progress(self, results: Iterable[Result], total: int) -> Iterator[Result]:
-        if self._quiet or not self._errors.is_terminal:
+        if not self._shows_progress:
             yield from results
             return
         columns = (
             TextColumn("explaining"),
-            BarColumn(),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
@@ -115,15 +129,3 @@ def _record(result: Result, run: dict[str, Any]) -> dict[str, Any]:
         **run,
         "error": result.error,
     }
-
-
-def _shown_path(path: os.PathLike[str]) -> bytes:
-    """Return a path byte for byte for programs, and readable for people."""
-    if sys.stdout.isatty():
-        return printable(os.fspath(path)).encode()
-    return os.fsencode(path)
-
-
-def _write(line: bytes) -> None:
-    sys.stdout.buffer.write(line)
-    sys.stdout.buffer.flush()

@@ -88,7 +88,7 @@ def judge(name: str) -> Support:
 def find_models(pattern: str = "*") -> list[str]:
     """List timm's model names: those that match a pattern with wildcards, or contain a word."""
     wanted = pattern if any(char in pattern for char in "*?[") else f"*{pattern}*"
-    return fnmatch.filter(timm.list_models(), wanted)
+    return fnmatch.filter(timm.list_models(), wanted.lower())
 
 
 def survey_models(names: list[str]) -> Iterator[tuple[str, Support]]:

@@ -186,10 +186,8 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 def _read_torch(path: Path) -> Mapping[str, Any]:
     try:
         # timm's training script stores its arguments as a Namespace, which is data alone.
-        with (
-            torch.serialization.safe_globals([argparse.Namespace]),
-            warnings.catch_warnings(action="ignore"),
-        ):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
