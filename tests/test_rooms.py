@@ -13,7 +13,17 @@ PACKAGE = Path(vitviz.__file__).parent
 
 # A room may import only rooms named before it.
 ORDER = (
-    *("errors", "options", "capture", "trace", "propagation", "layout", "labels", "weights"),
+    *(
+        "errors",
+        "options",
+        "streaming",
+        "capture",
+        "trace",
+        "propagation",
+        "layout",
+        "labels",
+        "weights",
+    ),
     *("building", "models", "support", "images", "render", "explanation", "outputs"),
     *("engine", "pipeline", "api"),
     *("anatomy", "console", "reporting", "cli", "__main__"),

@@ -9,13 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import timm
@@ -54,6 +51,7 @@ from vitviz.outputs import (
     read_provenance,
     write_whole,
 )
+from vitviz.streaming import group, in_order, map_ahead, worker_threads
 
 __all__ = [
     "Output",
@@ -65,9 +63,6 @@ __all__ = [
     "run_record",
     "versions",
 ]
-
-Before = TypeVar("Before")
-After = TypeVar("After")
 
 _TOP = 5
 _BATCH_TOKENS = 3200  # 16 images of 197 tokens: larger batches gain nothing on a CPU
@@ -119,11 +114,11 @@ def run(model: Model, sources: Sequence[Source], job: Job) -> Iterator[Result]:
     requests = tuple(request.key for request in class_requests(model, job.method)) or (None,)
     ledger = _Ledger(model=model, job=job, requests=requests, frame=frame_of(model, job.fit))
     ledger.refuse_overwriting(sources)
-    with _threads(job.workers) as pool:
+    with worker_threads(job.workers) as pool:
         depth = _ahead(job, model)
-        prepared = _map_ahead(pool, ledger.prepare, sources, depth)
+        prepared = map_ahead(pool, ledger.prepare, sources, depth)
         explained = _explained(model, prepared, job)
-        yield from _map_ahead(pool, ledger.write, explained, depth, drain=True)
+        yield from map_ahead(pool, ledger.write, explained, depth, drain=True)
 
 
 def explain(
@@ -166,8 +161,8 @@ def explain(
         return sample_of(image, f"image {number}", frame, pictures.max_size)
 
     explanations: list[Explanation] = []
-    with _threads(None) as pool:
-        samples = _map_ahead(pool, load, enumerate(images), _ahead(job, model))
+    with worker_threads(None) as pool:
+        samples = map_ahead(pool, load, enumerate(images), _ahead(job, model))
         for item in _explained(model, samples, job):
             if isinstance(item, Result):
                 raise ImageError(f"{item.source.path} {item.error}")
@@ -366,45 +361,18 @@ def _explained(
     """Run the model over the samples in batches; pass the rest through; keep the order."""
 
     def numbered() -> Iterator[tuple[int, _Explained | Result]]:
-        for numbers, batch in _batches(items, job.batch_size or batch_size_for(model)):
-            first = batch[0]
-            if isinstance(first, ImageSample):
-                yield from zip(numbers, _explain_samples(model, batch, job), strict=True)
-            else:
-                yield numbers[0], first
+        size = job.batch_size or batch_size_for(model)
+        for numbers, batch in group(items, _shape, size, patience=_PENDING_BATCHES * size):
+            samples = [item for item in batch if isinstance(item, ImageSample)]
+            results = [item for item in batch if isinstance(item, Result)]
+            yield from zip(numbers, results or _explain_samples(model, samples, job), strict=True)
 
-    return _in_order(numbered())
-
-
-def _batches(
-    items: Iterable[ImageSample | Result], size: int
-) -> Iterator[tuple[list[int], list[Any]]]:
-    """Group samples of one shape, each with its number; anything else is a batch of its own."""
-    waiting: dict[tuple[int, ...], tuple[list[int], list[Any]]] = {}
-    for number, item in enumerate(items):
-        if not isinstance(item, ImageSample):
-            yield [number], [item]
-            continue
-        numbers, batch = waiting.setdefault(item.pixels.shape, ([], []))
-        numbers.append(number)
-        batch.append(item)
-        if len(batch) == size:
-            yield waiting.pop(item.pixels.shape)
-        for shape, (numbers, _) in list(waiting.items())[:1]:  # the one that has waited longest
-            if number - numbers[0] >= _PENDING_BATCHES * size:
-                yield waiting.pop(shape)
-    yield from waiting.values()
+    return in_order(numbered())
 
 
-def _in_order(numbered: Iterable[tuple[int, After]]) -> Iterator[After]:
-    """Yield items by their numbers, which run from 0."""
-    early: dict[int, After] = {}
-    following = 0
-    for number, item in numbered:
-        early[number] = item
-        while following in early:
-            yield early.pop(following)
-            following += 1
+def _shape(item: ImageSample | Result) -> tuple[int, ...] | None:
+    """Return what images of one batch have in common; None for what is not to be run."""
+    return item.pixels.shape if isinstance(item, ImageSample) else None
 
 
 def _explain_samples(
@@ -469,42 +437,6 @@ def _explanations(
     return _Explained(sample=sample, maps=maps)
 
 
-@contextmanager
-def _threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
-    """Give a pool of threads whose waiting work is dropped when the user goes away."""
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="vitviz")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _ahead(job: Job, model: Model) -> int:
     """How many images each stage may be ahead of the next: enough for the model to have a batch."""
     return 2 * (job.batch_size or batch_size_for(model))
-
-
-def _map_ahead(
-    pool: ThreadPoolExecutor,
-    function: Callable[[Before], After],
-    items: Iterable[Before],
-    depth: int,
-    *,
-    drain: bool = False,
-) -> Iterator[After]:
-    """Map in threads, in order, at most ``depth`` items ahead of the one asked for.
-
-    With ``drain``, what is done or under way when the user interrupts is yielded all the same.
-    """
-    futures: deque[Future[After]] = deque()
-    try:
-        for item in items:
-            futures.append(pool.submit(function, item))
-            if len(futures) > depth:
-                yield futures.popleft().result()
-    except (KeyboardInterrupt, SystemExit):
-        if drain:
-            yield from (future.result() for future in futures if not future.cancel())
-        raise
-    while futures:
-        yield futures.popleft().result()

@@ -1,0 +1,97 @@
+"""Streams of items through threads and batches, in order and in bounded memory; knows no image."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+__all__ = ["group", "in_order", "map_ahead", "worker_threads"]
+
+_Before = TypeVar("_Before")
+_After = TypeVar("_After")
+
+
+@contextmanager
+def worker_threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Give a pool of threads whose waiting work is dropped when the user goes away."""
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="vitviz")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def map_ahead(
+    pool: ThreadPoolExecutor,
+    function: Callable[[_Before], _After],
+    items: Iterable[_Before],
+    depth: int,
+    *,
+    drain: bool = False,
+) -> Iterator[_After]:
+    """Map in threads, in order, at most ``depth`` items ahead of the one asked for.
+
+    With ``drain``, what is done or under way when the user interrupts is yielded all the same.
+    """
+    futures: deque[Future[_After]] = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > depth:
+                yield futures.popleft().result()
+    except (KeyboardInterrupt, SystemExit):
+        if drain:
+            yield from (future.result() for future in futures if not future.cancel())
+        raise
+    while futures:
+        yield futures.popleft().result()
+
+
+def group(
+    items: Iterable[_Before],
+    key: Callable[[_Before], Hashable | None],
+    size: int,
+    *,
+    patience: int,
+) -> Iterator[tuple[list[int], list[_Before]]]:
+    """Group items of one key in batches, each item with its number.
+
+    Args:
+        items: What comes.
+        key: What the items of a batch have in common; an item whose key is None stands alone.
+        size: Items in a full batch.
+        patience: After how many further items a batch goes that is not full.
+
+    Yields:
+        The numbers, which run from 0, and the items of a batch.
+    """
+    waiting: dict[Hashable, tuple[list[int], list[_Before]]] = {}
+    for number, item in enumerate(items):
+        kind = key(item)
+        if kind is None:
+            yield [number], [item]
+            continue
+        numbers, batch = waiting.setdefault(kind, ([], []))
+        numbers.append(number)
+        batch.append(item)
+        if len(batch) == size:
+            yield waiting.pop(kind)
+        for oldest, (numbers, _) in list(waiting.items())[:1]:  # the one that has waited longest
+            if number - numbers[0] >= patience:
+                yield waiting.pop(oldest)
+    yield from waiting.values()
+
+
+def in_order(numbered: Iterable[tuple[int, _After]]) -> Iterator[_After]:
+    """Yield items by their numbers, which run from 0."""
+    early: dict[int, _After] = {}
+    following = 0
+    for number, item in numbered:
+        early[number] = item
+        while following in early:
+            yield early.pop(following)
+            following += 1
