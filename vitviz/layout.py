@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitviz.capture import Attention, AttentionCapture, AttentionRecord
 from vitviz.errors import UnsupportedModelError
+from vitviz.trace import on_meta
 
 __all__ = [
     "AttentionCall",
@@ -144,13 +145,7 @@ def survey(module: nn.Module, input_size: tuple[int, int]) -> list[AttentionCall
     Raises:
         UnsupportedModelError: The model does not run on the meta device at this size.
     """
-    state = {
-        name: tensor.detach().to("meta")
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-    some = next(iter(state.values()), torch.empty(0))
-    channels = _input_channels(module)
-    image = torch.empty(1, channels, *input_size, device="meta", dtype=some.dtype)
+    state, image = on_meta(module, (_input_channels(module), *input_size))
     calls: list[AttentionCall] = []
     running = _Running()
 

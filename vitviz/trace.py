@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Attention", "Encounter", "ModuleRun", "Product", "Trace", "trace_model"]
+__all__ = ["Attention", "Encounter", "ModuleRun", "Product", "Trace", "on_meta", "trace_model"]
 
 Shape = tuple[int, ...]
 
@@ -183,12 +183,7 @@ def trace_model(module: nn.Module, shape: Shape) -> Trace:
     Returns:
         What was seen; when the model does not run, what was seen until then, and why it ended.
     """
-    state = {
-        name: tensor.detach().to("meta")
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
-    image = torch.empty(1, *shape, device="meta", dtype=dtype)
+    state, image = on_meta(module, shape)
     clock = _Clock()
     with ExitStack() as stack:
         counter = stack.enter_context(FlopCounterMode(display=False))
@@ -205,6 +200,24 @@ def trace_model(module: nn.Module, shape: Shape) -> Trace:
             clock.trace.error = (str(error).strip().splitlines() or [type(error).__name__])[0]
     clock.trace.macs = counter.get_total_flops() // 2
     return clock.trace
+
+
+def on_meta(module: nn.Module, shape: Shape) -> tuple[dict[str, Tensor], Tensor]:
+    """Make what ``torch.func.functional_call`` needs to run a model for its shapes alone.
+
+    Args:
+        module: The model, with or without weights.
+        shape: Shape of the image: (channels, height, width).
+
+    Returns:
+        Its parameters and buffers by name, and a batch of one image, all on the meta device.
+    """
+    state = {
+        name: tensor.detach().to("meta")
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
+    return state, torch.empty(1, *shape, device="meta", dtype=dtype)
 
 
 @dataclass
