@@ -50,6 +50,16 @@ app = typer.Typer(
 )
 
 
+_ImgSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|HxW",
+        help="Build the model for this image size, instead of its own.",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """The options that all explaining commands share; each field is one option."""
@@ -82,14 +92,7 @@ class RunOptions:
             show_default=False,
         ),
     ] = None
-    img_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|HxW",
-            help="Build the model for this image size, instead of its own.",
-            show_default=False,
-        ),
-    ] = None
+    img_size: _ImgSizeOption = None
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
     ] = Path("vitviz-out")
@@ -203,6 +206,7 @@ def _top(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)] = "deit_tiny",
+    img_size: _ImgSizeOption = None,
     full: Annotated[bool, typer.Option("--full", help="Print the raw module tree.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same facts for machines.")] = False,
 ) -> None:
@@ -211,7 +215,7 @@ def inspect(
 
     name = building.resolve_name(model)
     typer.echo(models.describe_device(models.select_device()), err=True)
-    module = building.build_skeleton(name)
+    module = building.build_skeleton(name, _size(img_size))
     if full:
         typer.echo(str(module))
     elif as_json:

@@ -34,7 +34,7 @@ __all__ = [
     "require_answer",
 ]
 
-_HUB_SECONDS = 5  # how long the hub may take to say that it is there
+_HUB_SECONDS = 4  # how long the hub may take to say that it is there
 _EMA_KEYS = ("state_dict_ema", "model_ema")
 _STATE_KEYS = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("_orig_mod.", "module.", "model.")
