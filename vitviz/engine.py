@@ -34,11 +34,13 @@ class BatchMaps:
             finite where there is none.
         logits: (batch, classes), on the CPU; classes is 0 for a model without a head.
         class_indices: (batch, maps), the class of each map; None for a class-agnostic method.
+        requests: What each map was asked for; empty for a class-agnostic method.
     """
 
     relevance: Tensor
     logits: Tensor
     class_indices: Tensor | None
+    requests: tuple[ClassRequest, ...]
 
 
 def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, ...]:
@@ -103,7 +105,12 @@ def explain_batch(model: Model, images: Tensor, options: MethodOptions) -> Batch
             class_indices = None
             fusions = iter([[fuse_heads(record, options.head_fusion) for record in records]])
         maps = [_patch_relevance(model, records, each, options.discard, images) for each in fusions]
-    return BatchMaps(relevance=torch.stack(maps, dim=1), logits=logits, class_indices=class_indices)
+    return BatchMaps(
+        relevance=torch.stack(maps, dim=1),
+        logits=logits,
+        class_indices=class_indices,
+        requests=requests,
+    )
 
 
 def _class_indices(logits: Tensor, requests: Sequence[ClassRequest]) -> Tensor:

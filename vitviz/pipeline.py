@@ -412,7 +412,6 @@ def _explanations(
         for index in logits.argsort(descending=True, stable=True)[:_TOP].tolist()
     )
     maps = []
-    requests = class_requests(model, job.method)
     for position, values in enumerate(relevance):
         common = {
             "method": job.method.method,
@@ -428,7 +427,7 @@ def _explanations(
         maps.append(
             Explanation(
                 **common,
-                request=requests[position].key,
+                request=batch.requests[position].key,
                 class_index=class_index,
                 class_label=model.labels[class_index],
                 class_score=float(scores[class_index]),
