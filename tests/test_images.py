@@ -377,6 +377,45 @@ def test_orientation_is_undone(orientation: int, kind: str) -> None:
     assert sample.pixels[4, 3, 1] < 20 < sample.pixels[4, 28, 1]  # what the model sees, too
 
 
+def photograph(width: int, height: int) -> Image.Image:
+    """Paint something smooth with some detail, as JPEG likes it."""
+    rows, cols = np.mgrid[0:height, 0:width]
+    waves = [np.sin(rows / 37 + shift) + np.cos(cols / 23 - shift) for shift in (0, 1, 2)]
+    return Image.fromarray((np.stack(waves, axis=-1) * 60 + 128).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("fit", Fit)
+def test_what_the_model_sees_of_a_large_jpeg_is_independent_of_the_picture(
+    fit: Fit, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(photograph(1203, 801), "JPEG", quality=95, exif=exif)
+    upright = (801, 1203) if orientation == 1 else (1203, 801)
+    small = frame(fit, size=(48, 48))
+    samples = [decode(content, small, max_size) for max_size in (20, 300, 1000, 5000)]
+    for sample in samples:
+        assert np.array_equal(sample.pixels, samples[0].pixels)
+        assert sample.region == samples[0].region
+    assert samples[-1].picture.shape[:2] == upright
+    assert [max(sample.picture.shape[:2]) for sample in samples] == [20, 300, 1000, 1203]
+    turn = 0 if orientation == 1 else -90
+    fully, _ = small.apply(Image.open(io.BytesIO(content)).rotate(turn, expand=True))
+    seen = samples[0].pixels.astype(int)
+    assert np.abs(seen - np.asarray(fully).astype(int)).max() <= 2
+
+
+def test_large_jpeg_is_not_decoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr("vitviz.images._to_rgb", lambda image: sizes.append(image.size) or image)
+    content = encoded(photograph(1600, 1200), "JPEG")
+    decode(content, frame(Fit.SQUASH, size=(32, 32)), max_size=100)
+    assert sizes == [(200, 150)]
+    decode(content, frame(Fit.SQUASH, size=(32, 32)), max_size=500)
+    assert sizes[1:] == [(200, 150), (800, 600)]
+
+
 def test_unknown_orientation_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 9

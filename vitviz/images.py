@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vitviz.errors import ImageError, SourceError
 from vitviz.options import Fit
@@ -43,7 +43,8 @@ SUFFIXES = frozenset(
 )
 """Endings that make a file in a folder an image; a file named by itself may have any."""
 
-
+_SPARE = 4  # times the pixels that the model sees: resizing from these moves them by 1/255 at most
+_TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 _RESIZED_PIXELS = 1 << 25  # up to here, a crop resizes the whole image first, as timm does
 
 
@@ -100,13 +101,28 @@ class Frame:
 
     def apply(self, image: Image.Image) -> tuple[Image.Image, Region]:
         """Fit an RGB image; return what the model sees and where on the image that lies."""
-        height, width = self.size
+        rows, cols = self.resized((image.height, image.width))
         if self.fit is Fit.CROP:
-            fitted, region = self._crop(image)
+            fitted, region = self._crop(image, rows, cols)
             return fitted, self._in_patches(region)
+        return image.resize((cols, rows), self.resample), self._in_patches(Region())
+
+    def resized(self, image: tuple[int, int]) -> tuple[int, int]:
+        """Return the (height, width) to which a whole image (height, width) is brought."""
+        if self.fit is Fit.SQUASH:
+            return self.size
         if self.fit is Fit.NATIVE:
-            height, width = native_size((image.height, image.width), self.size, self.patch)
-        return image.resize((width, height), self.resample), self._in_patches(Region())
+            return native_size(image, self.size, self.patch)
+        scale = max(
+            math.floor(side / self.crop_pct) / length
+            for side, length in zip(self.size, image, strict=True)
+        )
+        # The side that sets the scale comes out whole; the tiny excess saves it from rounding.
+        rows, cols = (
+            max(int(length * scale + 1e-6), side)
+            for side, length in zip(self.size, image, strict=True)
+        )
+        return rows, cols
 
     def _in_patches(self, region: Region) -> Region:
         """Leave out what is less than a patch at the right and at the bottom: no token sees it."""
@@ -121,16 +137,9 @@ class Frame:
             bottom=region.top + (region.bottom - region.top) * rows,
         )
 
-    def _crop(self, image: Image.Image) -> tuple[Image.Image, Region]:
+    def _crop(self, image: Image.Image, rows: int, cols: int) -> tuple[Image.Image, Region]:
         """Resize and cut out the centre, to the pixel as timm evaluates."""
         height, width = self.size
-        scale = max(
-            math.floor(height / self.crop_pct) / image.height,
-            math.floor(width / self.crop_pct) / image.width,
-        )
-        # The side that sets the scale comes out whole; the tiny excess saves it from rounding.
-        rows = max(int(image.height * scale + 1e-6), height)
-        cols = max(int(image.width * scale + 1e-6), width)
         top, left = round((rows - height) / 2), round((cols - width) / 2)
         region = Region(
             left=left / cols,
@@ -237,10 +246,25 @@ def read_file(source: Source) -> ImageFile:
 def load_sample(file: ImageFile, frame: Frame, max_size: int) -> ImageSample:
     """Decode and fit an image file.
 
+    A JPEG of many more pixels than are needed is decoded at 1/2, 1/4 or 1/8 of its size. What the
+    model sees hangs on the model alone: a picture that needs more is decoded for itself.
+
     Raises:
         ImageError: It cannot be decoded, or is no image.
     """
-    return _sample(file.source, file.digest, _decode(file.content), frame, max_size)
+
+    def enough(size: tuple[int, int]) -> tuple[int, int]:
+        rows, cols = frame.resized(size)
+        return rows * _SPARE, cols * _SPARE
+
+    def large(size: tuple[int, int]) -> tuple[int, int]:
+        return _picture_size(size, max_size)
+
+    image, original = _decode(file.content, enough)
+    size = _picture_size(original, max_size)
+    suffices = image.height >= size[0] and image.width >= size[1]
+    picture = image if suffices else _decode(file.content, large)[0]
+    return _sample(file.source, file.digest, image, frame, _scaled(picture, size))
 
 
 def sample_of(
@@ -266,7 +290,8 @@ def sample_of(
         raise ImageError(f"{name} has no pixels")
     rgb = _to_rgb(ImageOps.exif_transpose(image))
     source = Source(path=Path(name), key=name)
-    return _sample(source, hashlib.sha256(rgb.tobytes()).hexdigest(), rgb, frame, max_size)
+    picture = _scaled(rgb, _picture_size((rgb.height, rgb.width), max_size))
+    return _sample(source, hashlib.sha256(rgb.tobytes()).hexdigest(), rgb, frame, picture)
 
 
 def native_size(
@@ -361,16 +386,42 @@ def _key(path: Path, root: Path) -> str:
     return absolute.relative_to(here if absolute.is_relative_to(here) else root).as_posix()
 
 
-def _decode(content: bytes) -> Image.Image:
+def _decode(
+    content: bytes, enough: Callable[[tuple[int, int]], tuple[int, int]]
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode an image, upright and RGB.
+
+    Args:
+        content: Of its file.
+        enough: Of the image's (height, width), tells how many pixels it needs to be decoded at.
+
+    Returns:
+        The image, and its (height, width) in the file.
+    """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+            original = _reduce(image, enough)
+            upright = _to_rgb(ImageOps.exif_transpose(image))
+            return upright, original or (upright.height, upright.width)
     except Image.DecompressionBombError as error:
         raise ImageError(f"is refused, for it may be a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError("is no image that Pillow can read") from error
     except Exception as error:  # damaged files make decoders raise almost anything
         raise ImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def _reduce(
+    image: Image.Image, enough: Callable[[tuple[int, int]], tuple[int, int]]
+) -> tuple[int, int] | None:
+    """Let a JPEG that is not yet decoded come out smaller; return its upright (height, width)."""
+    if image.format not in ("JPEG", "MPO"):
+        return None
+    turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    size = (image.width, image.height) if turned else (image.height, image.width)
+    rows, cols = enough(size)
+    image.draft(None, (rows, cols) if turned else (cols, rows))
+    return size
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -397,20 +448,29 @@ def _from_wide_range(image: Image.Image) -> Image.Image:
 
 
 def _sample(
-    source: Source, digest: str, image: Image.Image, frame: Frame, max_size: int
+    source: Source, digest: str, image: Image.Image, frame: Frame, picture: Image.Image
 ) -> ImageSample:
     fitted, region = frame.apply(image)
-    scale = max_size / max(image.size)
-    if scale < 1:
-        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
     return ImageSample(
         source=source,
         digest=digest,
         pixels=np.asarray(fitted),
         region=region,
-        picture=np.asarray(image),
+        picture=np.asarray(picture),
     )
+
+
+def _picture_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Return the (height, width) of the picture of an image (height, width)."""
+    scale = min(longest / max(size), 1)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
+def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale an image down to (height, width)."""
+    if size == (image.height, image.width):
+        return image
+    return image.resize((size[1], size[0]), Image.Resampling.HAMMING, reducing_gap=2.0)
 
 
 def _span(start: float, stop: float, length: int) -> slice:
