@@ -84,6 +84,58 @@ def test_batch_gives_each_image_the_map_it_gets_alone(
         assert close(np.load("many" / path), np.load("alone" / path)), path
 
 
+@pytest.mark.parametrize("most", [3, 1])
+def test_short_memory_halves_the_batch(
+    here: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Ask torch for more than any machine has, as soon as a batch is too large."""
+    model = tiny_model()
+    forward = model.module.forward
+    sizes = []
+
+    def run_short(batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(batch))
+        if len(batch) > most:
+            torch.empty(1 << 46)
+        return forward(batch)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(model.module, "forward", run_short)
+    save_pictures(here / "p", [f"{index}.png" for index in range(17)])
+    sources = find_sources(["p"])[0]
+    warned: list[str] = []
+    found = list(run(model, sources, Job(batch_size=8), warn=warned.append))
+    assert [result.source for result in found] == sources
+    assert all(result.status == "written" for result in found)
+    assert sizes[0] == 8
+    assert max(sizes[len(warned) :]) <= most  # it does not try again what did not work
+    assert len(warned) == (2 if most == 3 else 3)
+    assert "not enough memory for 8 images at once" in warned[0]
+    assert "--batch-size 4" in warned[0]
+
+
+def test_image_that_the_model_has_no_memory_for_fails_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    forward = model.module.forward
+
+    def run_short(batch: torch.Tensor) -> torch.Tensor:
+        if (batch > 0.9).any():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(batch)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(model.module, "forward", run_short)
+    (here / "p").mkdir()
+    for index in range(5):
+        Image.new("RGB", (40, 40), (255,) * 3 if index == 2 else (0,) * 3).save(f"p/{index}.png")
+    warned: list[str] = []
+    found = list(run(model, find_sources(["p"])[0], Job(), warn=warned.append))
+    assert [result.status for result in found] == [*["written"] * 2, "failed", *["written"] * 2]
+    assert "memory" in str(found[2].error)
+    with pytest.raises(ImageError, match="memory"), pytest.warns(UserWarning, match="memory"):
+        vitviz.rollout(model, [f"p/{index}.png" for index in range(5)])
+
+
 def test_maps_of_different_images_differ(here: Path) -> None:
     images = [picture(40, 60, seed=seed) for seed in range(4)]
     maps = [made.relevance for made in vitviz.rollout(tiny_model(), images)]

@@ -8,8 +8,9 @@ dropout, where a hook sees it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -64,9 +65,9 @@ class AttentionRecord:
         """
         query = _exact(self.query[images, :, queries])
         key = self._per_head(self.key[images])
-        scores = (query * self.scale) @ key.transpose(-2, -1)
+        scores = _products(query, key, self.scale)
         if self.bias is not None:
-            scores = scores + self._bias(images, queries)
+            scores += self._bias(images, queries)
         return scores.softmax(dim=-1)
 
     def probability_gradients(self, gradient: Tensor, images: slice, queries: slice) -> Tensor:
@@ -80,8 +81,7 @@ class AttentionRecord:
         Returns:
             (images, heads, queries, keys), the gradient with respect to the probabilities.
         """
-        value = self._per_head(self.value[images])
-        return _exact(gradient[images, :, queries]) @ value.transpose(-2, -1)
+        return _products(_exact(gradient[images, :, queries]), self._per_head(self.value[images]))
 
     def _per_head(self, shared: Tensor) -> Tensor:
         """Repeat grouped keys or values (images, key_heads, …) so that each head has its own."""
@@ -138,8 +138,8 @@ class AttentionCapture:
 
     Inside, the model is in evaluation mode, fused attention is on (TIMM_FUSED_ATTN=0 switches it
     off), no block runs twice to save memory, and no parameter asks for a gradient; outside it is
-    as it was, also after an error. The capture belongs to the thread that entered it: run the
-    model there.
+    as it was, also after an error. It records what the thread that entered it runs, and other
+    threads inside ``recording``, each for itself.
     """
 
     def __init__(
@@ -161,21 +161,22 @@ class AttentionCapture:
         self._module = module
         self._first_gradient = first_gradient
         self._isolate = isolate
-        self._records: list[Attention] = []
+        self._on_record = on_record
+        self._of_thread = threading.local()
         self._stack = ExitStack()
-        self._on_record = on_record or self._records.append
 
     def __enter__(self) -> AttentionCapture:
         """Start recording."""
+        modules = list(self._module.modules())
         with ExitStack() as stack:
-            stack.callback(self._records.clear)
-            stack.enter_context(_attributes(self._module.modules(), "training", False))
-            stack.enter_context(_switched(self._module, "fused_attn", True))
-            stack.enter_context(_switched(self._module, "grad_checkpointing", False))
-            stack.enter_context(_attributes(self._module.parameters(), "requires_grad", False))
-            for dropout in _own_attention(self._module):
+            for name, value in (("training", False), ("fused_attn", True)):
+                stack.enter_context(_switched(modules, name, value))
+            stack.enter_context(_switched(modules, "grad_checkpointing", False))
+            parameters = list(self._module.parameters())
+            stack.enter_context(_switched(parameters, "requires_grad", False))
+            for dropout in _own_attention(modules):
                 stack.callback(dropout.register_forward_hook(self._record_given).remove)
-            stack.enter_context(_SdpaMode(self._record_call))
+            stack.enter_context(self.recording())
             self._stack = stack.pop_all()
         return self
 
@@ -188,6 +189,24 @@ class AttentionCapture:
         """Stop recording and leave the model as it was."""
         self._stack.close()
 
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what this thread runs; threads do not see each other's records."""
+        if hasattr(self._of_thread, "records"):
+            yield
+            return
+        self._of_thread.records = []
+        try:
+            with _SdpaMode(self._record_call):
+                yield
+        finally:
+            del self._of_thread.records
+
+    @property
+    def _records(self) -> list[Attention]:
+        """Records of this thread, none outside."""
+        return getattr(self._of_thread, "records", [])
+
     def take(self, expected: int | None = None) -> list[Attention]:
         """Hand out the records of the forward pass just made, and forget them.
 
@@ -197,7 +216,8 @@ class AttentionCapture:
         Raises:
             CaptureError: Another number of calls was seen.
         """
-        records, self._records[:] = list(self._records), []
+        records = list(self._records)
+        self._records.clear()
         if expected is not None and len(records) != expected:
             raise CaptureError(
                 f"saw {len(records)} attention calls in {type(self._module).__name__}, expected "
@@ -210,10 +230,10 @@ class AttentionCapture:
         query, key, value = arguments.query, arguments.key, arguments.value
         output = _own_values(query, value) if self._isolate else call()
         scale = arguments.scale
-        self._on_record(
+        self._keep(
             AttentionRecord(
-                query=query.detach(),
-                key=key.detach(),
+                query=query.detach().contiguous(),
+                key=key.detach().contiguous(),
                 value=value.detach(),
                 output=self._differentiable(output),
                 bias=_additive(arguments, query.shape[-2], key.shape[-2]),
@@ -224,10 +244,13 @@ class AttentionCapture:
 
     def _record_given(self, module: nn.Module, inputs: object, attention: Tensor) -> Tensor | None:
         given = GivenAttention(attention=attention.detach(), output=self._differentiable(attention))
-        self._on_record(given)
+        self._keep(given)
         if self._isolate:
             return torch.eye(attention.shape[-1]).to(attention).expand_as(attention)
         return None
+
+    def _keep(self, record: Attention) -> None:
+        (self._on_record or self._records.append)(record)
 
     def _differentiable(self, output: Tensor) -> Tensor | None:
         """Let the graph begin at this output where it is the first one that is asked for."""
@@ -287,31 +310,23 @@ class _SdpaMode(TorchFunctionMode):
 
 
 @contextmanager
-def _attributes(owners: Iterable[Any], name: str, value: bool) -> Iterator[None]:
-    """Set one attribute on many objects, and each back to what it was."""
-    before = [(owner, getattr(owner, name)) for owner in owners]
+def _switched(owners: Iterable[Any], name: str, value: bool) -> Iterator[None]:
+    """Set a switch that some objects have and that stands the other way, and set it back."""
+    before = [(owner, getattr(owner, name, value)) for owner in owners]
+    others = [(owner, old) for owner, old in before if old is not value]
     try:
-        for owner, _ in before:
+        for owner, _ in others:
             setattr(owner, name, value)
         yield
     finally:
-        for owner, old in before:
+        for owner, old in others:
             setattr(owner, name, old)
 
 
-def _switched(module: nn.Module, name: str, value: bool) -> AbstractContextManager[None]:
-    """Set a switch that some modules of a model have and that stands the other way."""
-    return _attributes(
-        [child for child in module.modules() if getattr(child, name, value) is not value],
-        name,
-        value,
-    )
-
-
-def _own_attention(module: nn.Module) -> list[nn.Module]:
+def _own_attention(modules: list[nn.Module]) -> list[nn.Module]:
     """List the dropouts that follow attention computed without torch's function (talking heads)."""
-    unfused = [child for child in module.modules() if not hasattr(child, "fused_attn")]
-    dropouts = [getattr(child, "attn_drop", None) for child in unfused]
+    unfused = [module for module in modules if not hasattr(module, "fused_attn")]
+    dropouts = [getattr(module, "attn_drop", None) for module in unfused]
     return [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout)]
 
 
@@ -332,6 +347,13 @@ def _additive(arguments: _SdpaArguments, queries: int, keys: int) -> Tensor | No
         bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return bias.masked_fill(~mask, float("-inf"))
     return mask.detach()
+
+
+def _products(rows: Tensor, columns: Tensor, scale: float = 1.0) -> Tensor:
+    """Multiply (images, heads, m, d) with (images, heads, n, d), transposed, and with a factor."""
+    left, right = rows.flatten(0, 1), columns.flatten(0, 1).transpose(1, 2)
+    product = torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
+    return product.view(*rows.shape[:2], *product.shape[1:])
 
 
 def _exact(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, get_type_hints
@@ -336,7 +336,8 @@ def _explain(run: RunOptions, **method: Any) -> None:
         reporter.say(note, "yellow")
     with _terminable():
         try:
-            results = pipeline.run(model, sources, job)
+            warn = partial(reporter.say, style="yellow")
+            results = pipeline.run(model, sources, job, warn=warn)
             reporter.show(results, len(sources), pipeline.run_record(model, job))
         except BrokenPipeError:
             _leave_quietly()

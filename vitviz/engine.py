@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from vitviz.capture import Attention, AttentionCapture, output_gradients
 from vitviz.errors import CaptureError, LabelError, OptionError
 from vitviz.labels import ClassRequest, parse_requests
+from vitviz.lanes import in_lanes
 from vitviz.layout import patch_grid
 from vitviz.models import Model
 from vitviz.options import Method, MethodOptions
@@ -83,21 +86,53 @@ def explain_batch(model: Model, images: Tensor, options: MethodOptions) -> Batch
         CaptureError: The attention seen is not what the model's layout promises.
         OptionError: The options do not fit the model.
         LabelError: A class request fits no class of the model.
+        MemoryError: The device has too little memory for this batch.
     """
     requests = class_requests(model, options)
-    start = options.start_layer
+    first_gradient = options.start_layer if options.method is Method.GRAD_ROLLOUT else None
+    with (
+        _named_memory_errors(),
+        AttentionCapture(model.module, first_gradient=first_gradient) as capture,
+    ):
+        work = partial(_explain_part, model, capture, options, requests)
+        parts = in_lanes(work, images.to(model.device), model.layout.tokens)
+    indices = [part.class_indices for part in parts if part.class_indices is not None]
+    return BatchMaps(
+        relevance=torch.cat([part.relevance for part in parts]).cpu(),
+        logits=torch.cat([part.logits for part in parts]).cpu(),
+        class_indices=torch.cat(indices).cpu() if indices else None,
+        requests=requests,
+    )
+
+
+@contextmanager
+def _named_memory_errors() -> Iterator[None]:
+    """Raise by its name what torch says of missing memory, on each device in its own words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise MemoryError(str(error)) from None
+
+
+def _explain_part(
+    model: Model,
+    capture: AttentionCapture,
+    options: MethodOptions,
+    requests: tuple[ClassRequest, ...],
+    images: Tensor,
+) -> BatchMaps:
+    """Explain some images of a batch in the thread that calls."""
     needs_gradient = options.method is Method.GRAD_ROLLOUT
-    first_gradient = start if needs_gradient else None
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(needs_gradient),
-        AttentionCapture(model.module, first_gradient=first_gradient) as capture,
+        capture.recording(),
     ):
-        output = model.module(images.to(model.device))
-        records = capture.take(model.layout.calls)[start:]
-        logits = (
-            output.detach().float().cpu() if model.num_classes else images.new_empty(len(images), 0)
-        )
+        output = model.module(images)
+        records = capture.take(model.layout.calls)[options.start_layer :]
+        logits = output.detach().float().cpu() if model.num_classes else torch.empty(len(images), 0)
         if needs_gradient:
             class_indices = _class_indices(logits, requests)
             fusions = _class_fusions(records, output, class_indices)
@@ -130,7 +165,7 @@ def _class_fusions(
 ) -> Iterator[list[Fusion]]:
     """Yield for each map the gradient-weighted fusion of each block."""
     last = class_indices.shape[1] - 1
-    for position, classes in enumerate(class_indices.to(output.device).T):
+    for position, classes in enumerate(class_indices.T):
         score = output.gather(1, classes.unsqueeze(1)).sum()
         gradients = output_gradients(records, score, last=position == last)
         yield list(map(fuse_with_gradient, records, gradients))
@@ -157,4 +192,4 @@ def _patch_relevance(
     relevance = attention_rollout(inside, fusions, readout, discard=discard)
     height, width = images.shape[-2:]
     rows, cols = patch_grid(model.module, (height, width), tokens - layout.prefix_tokens)
-    return relevance[:, layout.prefix_tokens :].reshape(-1, rows, cols).float().cpu()
+    return relevance[:, layout.prefix_tokens :].reshape(-1, rows, cols).float()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from vitviz.images import (
     read_file,
     sample_of,
 )
+from vitviz.lanes import batch_size_for
 from vitviz.models import Model
 from vitviz.options import Fit, Job, Kind, MethodOptions, PictureOptions
 from vitviz.outputs import (
@@ -56,7 +59,6 @@ from vitviz.streaming import group, in_order, map_ahead, worker_threads
 __all__ = [
     "Output",
     "Result",
-    "batch_size_for",
     "explain",
     "frame_of",
     "run",
@@ -65,7 +67,6 @@ __all__ = [
 ]
 
 _TOP = 5
-_BATCH_TOKENS = 3200  # 16 images of 197 tokens: larger batches gain nothing on a CPU
 _PENDING_BATCHES = 4  # how many batches an image may wait for others of its shape
 
 
@@ -98,13 +99,20 @@ class Result:
     error: str | None = None
 
 
-def run(model: Model, sources: Sequence[Source], job: Job) -> Iterator[Result]:
+def run(
+    model: Model,
+    sources: Sequence[Source],
+    job: Job,
+    *,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Iterator[Result]:
     """Explain images and write their maps, yielding one result an image in the order given.
 
     Args:
         model: The model; it is left as it was.
         sources: The images.
         job: What to do with them.
+        warn: Is told what the user should know while the work goes on.
 
     Raises:
         VitvizError: The options do not fit the model, or the model cannot be explained; an image
@@ -117,7 +125,7 @@ def run(model: Model, sources: Sequence[Source], job: Job) -> Iterator[Result]:
     with worker_threads(job.workers) as pool:
         depth = _ahead(job, model)
         prepared = map_ahead(pool, ledger.prepare, sources, depth)
-        explained = _explained(model, prepared, job)
+        explained = _explained(model, prepared, job, warn)
         yield from map_ahead(pool, ledger.write, explained, depth, drain=True)
 
 
@@ -163,16 +171,11 @@ def explain(
     explanations: list[Explanation] = []
     with worker_threads(None) as pool:
         samples = map_ahead(pool, load, enumerate(images), _ahead(job, model))
-        for item in _explained(model, samples, job):
+        for item in _explained(model, samples, job, warnings.warn):
             if isinstance(item, Result):
                 raise ImageError(f"{item.source.path} {item.error}")
             explanations += item.maps
     return explanations
-
-
-def batch_size_for(model: Model) -> int:
-    """Choose how many images to run at once."""
-    return max(1, min(64, _BATCH_TOKENS // model.layout.tokens))
 
 
 def frame_of(model: Model, fit: Fit) -> Frame:
@@ -254,7 +257,7 @@ class _Ledger:
                 provenance = self._provenance(item.sample, request, kind, explanation)
                 write_whole(path, encode(explanation, kind, provenance), provenance)
                 outputs.append(_output(path, kind, provenance))
-        except OutputError as error:
+        except (OutputError, MemoryError) as error:
             return replace(_failed(source, error), outputs=tuple(outputs))
         return Result(
             source=source,
@@ -356,16 +359,20 @@ def _output(path: Path, kind: Kind, provenance: Provenance) -> Output:
 
 
 def _explained(
-    model: Model, items: Iterable[ImageSample | Result], job: Job
+    model: Model,
+    items: Iterable[ImageSample | Result],
+    job: Job,
+    warn: Callable[[str], None],
 ) -> Iterator[_Explained | Result]:
     """Run the model over the samples in batches; pass the rest through; keep the order."""
+    size = _batch_size(job, model)
+    runner = _Runner(model, job, size, warn)
 
     def numbered() -> Iterator[tuple[int, _Explained | Result]]:
-        size = job.batch_size or batch_size_for(model)
         for numbers, batch in group(items, _shape, size, patience=_PENDING_BATCHES * size):
             samples = [item for item in batch if isinstance(item, ImageSample)]
             results = [item for item in batch if isinstance(item, Result)]
-            yield from zip(numbers, results or _explain_samples(model, samples, job), strict=True)
+            yield from zip(numbers, results or runner.explain(samples), strict=True)
 
     return in_order(numbered())
 
@@ -375,12 +382,39 @@ def _shape(item: ImageSample | Result) -> tuple[int, ...] | None:
     return item.pixels.shape if isinstance(item, ImageSample) else None
 
 
-def _explain_samples(
-    model: Model, samples: list[ImageSample], job: Job
-) -> list[_Explained | Result]:
-    """Explain samples of one shape."""
-    batch = explain_batch(model, _to_tensor(model, samples), job.method)
-    return [_explanations(model, sample, batch, row, job) for row, sample in enumerate(samples)]
+class _Runner:
+    """Runs samples of one shape through the model, as many at once as there is memory for."""
+
+    def __init__(self, model: Model, job: Job, size: int, warn: Callable[[str], None]) -> None:
+        self._model = model
+        self._job = job
+        self._size = size
+        self._warn = warn
+
+    def explain(self, samples: list[ImageSample]) -> Iterator[_Explained | Result]:
+        """Explain samples; where memory is short, in halves, and only a single one fails."""
+        while samples:
+            batch = samples[: self._size]
+            try:
+                yield from self._explain_at_once(batch)
+                samples = samples[len(batch) :]
+            except MemoryError as error:
+                if len(batch) == 1:
+                    yield _failed(batch[0].source, error)
+                    samples = samples[1:]
+                    continue
+                self._size = math.ceil(len(batch) / 2)
+                self._warn(
+                    f"not enough memory for {len(batch)} images at once: going on with "
+                    f"{self._size} (--batch-size {self._size} says so from the start)"
+                )
+
+    def _explain_at_once(self, samples: list[ImageSample]) -> list[_Explained | Result]:
+        maps = explain_batch(self._model, _to_tensor(self._model, samples), self._job.method)
+        return [
+            _explanations(self._model, sample, maps, row, self._job)
+            for row, sample in enumerate(samples)
+        ]
 
 
 def _to_tensor(model: Model, samples: list[ImageSample]) -> Tensor:
@@ -438,4 +472,8 @@ def _explanations(
 
 def _ahead(job: Job, model: Model) -> int:
     """How many images each stage may be ahead of the next: enough for the model to have a batch."""
-    return 2 * (job.batch_size or batch_size_for(model))
+    return 2 * _batch_size(job, model)
+
+
+def _batch_size(job: Job, model: Model) -> int:
+    return job.batch_size or batch_size_for(model.layout.tokens, model.device)

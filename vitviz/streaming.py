@@ -16,9 +16,18 @@ _After = TypeVar("_After")
 
 
 @contextmanager
-def worker_threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
-    """Give a pool of threads whose waiting work is dropped when the user goes away."""
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="vitviz")
+def worker_threads(
+    workers: int | None, initializer: Callable[[], None] | None = None
+) -> Iterator[ThreadPoolExecutor]:
+    """Give a pool of threads whose waiting work is dropped when the user goes away.
+
+    Args:
+        workers: How many; None: as many as cores.
+        initializer: What each thread does first.
+    """
+    pool = ThreadPoolExecutor(
+        workers or os.cpu_count() or 1, thread_name_prefix="vitviz", initializer=initializer
+    )
     try:
         yield pool
     finally:

@@ -1,0 +1,158 @@
+"""Parts of a batch side by side: the same maps, in order, and no trace left behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from timm.models.cait import Cait
+from torch import Tensor
+
+from fixtures_io import tiny_model, tiny_module
+from vitviz import lanes
+from vitviz.capture import AttentionCapture
+from vitviz.engine import explain_batch
+from vitviz.lanes import batch_size_for, in_lanes
+from vitviz.models import Model, load_model
+from vitviz.options import HeadFusion, Method, MethodOptions
+
+METHODS = [
+    MethodOptions(),
+    MethodOptions(head_fusion=HeadFusion.MEAN, discard=0),
+    MethodOptions(method=Method.GRAD_ROLLOUT, classes=("3", "top2")),
+]
+
+
+@pytest.fixture(autouse=True)
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+def talking_heads() -> Model:
+    """Make a model whose attention is seen by hooks, which belong to no thread."""
+    torch.manual_seed(0)
+    module = Cait(
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=3,
+        num_heads=3,
+        num_classes=7,
+        init_values=1.0,
+    )
+    return load_model(module.eval(), device="cpu")
+
+
+@pytest.mark.parametrize("make", [tiny_model, talking_heads])
+@pytest.mark.parametrize("options", METHODS, ids=["max", "mean", "gradient"])
+def test_lanes_give_the_maps_of_one_lane(
+    monkeypatch: pytest.MonkeyPatch, options: MethodOptions, make: object
+) -> None:
+    model = make()  # type: ignore[operator]
+    images = torch.randn(7, 3, *model.preprocessing.size)
+    threads: set[str] = set()
+    forward = model.module.forward
+
+    def noted(batch: Tensor) -> Tensor:
+        threads.add(threading.current_thread().name)
+        assert torch.get_num_threads() == 1
+        return forward(batch)  # type: ignore[no-any-return]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.module, "forward", noted)
+        side_by_side = explain_batch(model, images, options)
+    assert len(threads) > 1
+    monkeypatch.setattr(lanes, "_threads_are_own", lambda: False)
+    monkeypatch.setattr(lanes, "_PART_TOKENS", 1 << 20)
+    one_by_one = explain_batch(model, images, options)
+    torch.testing.assert_close(side_by_side.logits, one_by_one.logits)
+    torch.testing.assert_close(side_by_side.relevance, one_by_one.relevance)
+    if options.method is Method.GRAD_ROLLOUT:
+        assert side_by_side.class_indices is not None
+        assert one_by_one.class_indices is not None
+        assert torch.equal(side_by_side.class_indices, one_by_one.class_indices)
+
+
+def test_parts_come_back_in_order() -> None:
+    parts = in_lanes(lambda part: part * 2, torch.arange(100), tokens=200)
+    assert torch.equal(torch.cat(parts), torch.arange(100) * 2)
+    assert max(len(part) for part in parts) == 4
+
+
+def test_short_batch_is_shared_evenly() -> None:
+    parts = in_lanes(lambda part: part, torch.arange(4), tokens=10)
+    assert [len(part) for part in parts] == [2, 2]
+
+
+def test_single_image_has_all_threads() -> None:
+    (seen,) = in_lanes(
+        lambda part: (threading.current_thread(), torch.get_num_threads()),
+        torch.zeros(1),
+        tokens=197,
+    )
+    assert seen == (threading.current_thread(), 3)
+
+
+def test_long_sequences_go_one_by_one() -> None:
+    """Side by side, they would need the memory of several."""
+    seen = in_lanes(
+        lambda part: (len(part), threading.current_thread(), torch.get_num_threads()),
+        torch.zeros(3),
+        tokens=4097,
+    )
+    assert seen == [(1, threading.current_thread(), 3)] * 3
+
+
+def test_error_in_one_lane_is_raised_and_leaves_no_trace() -> None:
+    module = tiny_module().train()
+    images = torch.randn(6, 3, *load_model(module, device="cpu").preprocessing.size)
+    images[4] = torch.nan
+
+    def work(part: Tensor) -> Tensor:
+        if part.isnan().any():
+            raise ZeroDivisionError
+        with capture.recording():
+            return module(part)  # type: ignore[no-any-return]
+
+    with pytest.raises(ZeroDivisionError), AttentionCapture(module) as capture:
+        in_lanes(work, images, tokens=200)
+    assert module.training
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_each_thread_records_its_own_calls() -> None:
+    module = tiny_module()
+    image = torch.randn(1, 3, *tiny_model().preprocessing.size)
+    counts = []
+
+    def other() -> None:
+        with capture.recording():
+            module(image)
+            counts.append(len(capture.take()))
+        module(image)
+        counts.append(len(capture.take()))
+
+    with AttentionCapture(module) as capture, torch.no_grad():
+        module(image)
+        module(image)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        own = len(capture.take())
+    assert own == 2 * counts[0] > 0
+    assert counts[1] == 0
+
+
+def test_batches_fill_the_lanes() -> None:
+    cpu = torch.device("cpu")
+    assert batch_size_for(197, cpu) == 4 * 2 * 3
+    assert batch_size_for(4097, cpu) == 2 * 3
+    assert batch_size_for(17, cpu) == 64
+    assert batch_size_for(197, torch.device("cuda")) == 64
+    assert batch_size_for(100_000, torch.device("cuda")) == 1

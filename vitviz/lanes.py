@@ -1,0 +1,74 @@
+"""Parts of a batch side by side on the cores of a processor; knows no model.
+
+One thread of torch for each of several small parts of a batch is a third faster than all threads
+on the whole batch: no thread waits for another within a layer, and what a part computes stays in
+the cache of its core.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from vitviz.streaming import worker_threads
+
+__all__ = ["batch_size_for", "in_lanes"]
+
+_Part = TypeVar("_Part")
+
+_PART_TOKENS = 800  # 4 images of 197 tokens: more leave the cache, fewer are more calls
+_LONG = 2048  # from so many tokens on, layers are large enough to share, and so is their memory
+_PARTS = 2  # for each core, so that it seldom waits for the others at the end of a batch
+_ACCELERATOR_TOKENS = 12800  # 64 images of 197 tokens
+_MOST_IMAGES = 64
+
+
+def batch_size_for(tokens: int, device: torch.device) -> int:
+    """Choose how many images to run at once.
+
+    Args:
+        tokens: Length of the sequence that the model makes of an image.
+        device: Where the model is.
+    """
+    if device.type == "cpu":
+        return min(_MOST_IMAGES, _part_size(tokens) * _PARTS * torch.get_num_threads())
+    return max(1, min(_MOST_IMAGES, _ACCELERATOR_TOKENS // tokens))
+
+
+def in_lanes(work: Callable[[Tensor], _Part], batch: Tensor, tokens: int) -> list[_Part]:
+    """Work on a batch in parts: on a processor side by side, elsewhere all at once.
+
+    Args:
+        work: What to do with a part.
+        batch: (batch, ...).
+        tokens: Length of the sequence that the model makes of an image.
+
+    Returns:
+        What became of the parts, in order.
+    """
+    if batch.device.type != "cpu":
+        return [work(batch)]
+    cores = torch.get_num_threads()
+    parts = torch.split(batch, min(_part_size(tokens), math.ceil(len(batch) / cores)))
+    lanes = min(cores, len(parts))
+    if lanes == 1 or tokens > _LONG or not _threads_are_own():
+        return [work(part) for part in parts]
+    try:
+        with worker_threads(lanes, partial(torch.set_num_threads, cores // lanes)) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(cores)  # of threads that are yet to come
+
+
+def _part_size(tokens: int) -> int:
+    return max(1, _PART_TOKENS // tokens)
+
+
+def _threads_are_own() -> bool:
+    """Tell whether each thread has its own number of torch's threads, as with OpenMP."""
+    return "OpenMP" in torch.__config__.parallel_info().split("ATen parallel backend:")[-1]
