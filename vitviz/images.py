@@ -43,7 +43,7 @@ SUFFIXES = frozenset(
 )
 """Endings that make a file in a folder an image; a file named by itself may have any."""
 
-_SPARE = 4  # times the pixels that the model sees: resizing from these moves them by 1/255 at most
+_SPARE = 4  # times the side that the model sees: decoded to less, its pixels would change visibly
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 _RESIZED_PIXELS = 1 << 25  # up to here, a crop resizes the whole image first, as timm does
 
