@@ -136,6 +136,27 @@ def test_image_that_the_model_has_no_memory_for_fails_alone(
         vitviz.rollout(model, [f"p/{index}.png" for index in range(5)])
 
 
+@pytest.mark.parametrize(("precision", "closeness"), [("fp16", 0.99), ("bf16", 0.9)])
+@pytest.mark.parametrize("name", ["rollout", "grad-rollout"])
+def test_half_precision_gives_nearly_the_same_maps(
+    here: Path, name: str, precision: str, closeness: float
+) -> None:
+    method = MethodOptions(method=Method(name), classes=("3",))
+    half = load_model(tiny_module(), device="cpu", precision=precision)
+    save_pictures(here / "p", ["a.png", "b.png"])
+    sources = find_sources(["p"])[0]
+    for model, folder in ((tiny_model(), "whole"), (half, "half")):
+        for result in run(model, sources, Job(method=method, pictures=NPY, output=Path(folder))):
+            assert result.status == "written"
+    for path in Path("whole").rglob("*.npy"):
+        whole, rough = np.load(path), np.load("half" / path.relative_to("whole"))
+        assert rough.dtype == np.float32
+        assert (whole != rough).any()
+        assert np.corrcoef(whole.ravel(), rough.ravel())[0, 1] > closeness
+    recorded = pipeline.run_record(half, Job())["run"]["options"]["dtype"]
+    assert recorded == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+
+
 def test_maps_of_different_images_differ(here: Path) -> None:
     images = [picture(40, 60, seed=seed) for seed in range(4)]
     maps = [made.relevance for made in vitviz.rollout(tiny_model(), images)]

@@ -59,15 +59,26 @@ class Explanation:
 
     def overlay(self) -> Image.Image:
         """Draw the heat over the image."""
-        return Image.fromarray(self._draw(Kind.OVERLAY))
+        return Image.fromarray(self.draw(Kind.OVERLAY))
 
     def heatmap(self) -> Image.Image:
         """Draw the heat alone."""
-        return Image.fromarray(self._draw(Kind.HEATMAP))
+        return Image.fromarray(self.draw(Kind.HEATMAP))
 
     def panel(self) -> Image.Image:
         """Draw image, overlay and heat side by side, under a caption."""
-        return Image.fromarray(self._draw(Kind.PANEL))
+        return Image.fromarray(self.draw(Kind.PANEL))
+
+    def draw(self, kind: Kind) -> NDArray[np.uint8]:
+        """Draw a picture of any kind: (height, width, 3) RGB."""
+        options, picture = self.pictures, self.sample.picture
+        heat = place_heat(self.relevance, self.sample.region, picture.shape[:2])
+        if kind is Kind.HEATMAP:
+            return color_heat(heat, options.colormap)
+        blended = overlay(picture, heat, options.colormap, options.alpha)
+        if kind is Kind.OVERLAY:
+            return blended
+        return panel([picture, blended, color_heat(heat, options.colormap)], self.caption)
 
     @property
     def caption(self) -> str:
@@ -82,13 +93,3 @@ class Explanation:
         buffer = io.BytesIO()
         self.overlay().save(buffer, "PNG")
         return buffer.getvalue()
-
-    def _draw(self, kind: Kind) -> NDArray[np.uint8]:
-        options, picture = self.pictures, self.sample.picture
-        heat = place_heat(self.relevance, self.sample.region, picture.shape[:2])
-        if kind is Kind.HEATMAP:
-            return color_heat(heat, options.colormap)
-        blended = overlay(picture, heat, options.colormap, options.alpha)
-        if kind is Kind.OVERLAY:
-            return blended
-        return panel([picture, blended, color_heat(heat, options.colormap)], self.caption)

@@ -401,7 +401,8 @@ def _decode(
     try:
         with Image.open(io.BytesIO(content)) as image:
             original = _reduce(image, enough)
-            upright = _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            upright = _to_rgb(image)
             return upright, original or (upright.height, upright.width)
     except Image.DecompressionBombError as error:
         raise ImageError(f"is refused, for it may be a decompression bomb: {error}") from error
@@ -426,6 +427,9 @@ def _reduce(
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Bring any mode to RGB: 16 bits scaled down, transparency laid over white."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        image.load()
+        return image
     if image.mode.startswith(("I", "F")):
         return _from_wide_range(image).convert("RGB")
     if image.has_transparency_data:

@@ -23,7 +23,7 @@ from vitviz.layout import (
     patch_size,
     read_layout,
 )
-from vitviz.options import Fit
+from vitviz.options import Fit, Precision
 from vitviz.weights import digest_weights
 
 __all__ = [
@@ -34,6 +34,12 @@ __all__ = [
     "preprocessing_of",
     "select_device",
 ]
+
+_DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.BF16: torch.bfloat16,
+    Precision.FP16: torch.float16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +96,14 @@ class Model:
         """Where the weights are."""
         return next(self.module.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are made of."""
+        return next(self.module.parameters()).dtype
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights."""
+        """SHA-256 of the weights, as they are computed with."""
         return digest_weights(self.module)
 
     @property
@@ -109,6 +120,7 @@ def load_model(
     device: str = "auto",
     fit: Fit | str = Fit.SQUASH,
     img_size: tuple[int, int] | None = None,
+    precision: Precision | str | None = None,
 ) -> Model:
     """Load a model and find out where its tokens are and which of them its head reads.
 
@@ -122,6 +134,7 @@ def load_model(
             ``mps``; a model object is moved in place.
         fit: ``native`` builds the model so that it takes images of any aspect ratio.
         img_size: (height, width) to build the model for, instead of its own.
+        precision: ``fp32``, ``bf16`` or ``fp16``; None: as the weights are.
 
     Raises:
         ModelError: There is no such model, or it cannot be built as asked.
@@ -135,12 +148,14 @@ def load_model(
             raise OptionError("a model object is taken as it is: weights, size and fit are its own")
         built = Built(module=model, name=_own_name(model), weights="given")
         module = model if device == "auto" else model.to(select_device(device))
+        layout = read_layout(module, preprocessing_of(module).size)
     else:
         target = select_device(device)
-        built = _build(model, Path(weights) if weights else None, Fit(fit), img_size)
+        built, layout = _build(model, Path(weights) if weights else None, Fit(fit), img_size)
         module = built.module.to(target).eval()
+    if precision is not None:
+        module = module.to(_DTYPES[Precision(precision)])
     preprocessing = preprocessing_of(module, img_size)
-    layout = read_layout(module, preprocessing.size)
     check_mixing(module, preprocessing.size)
     check_readout(module, layout, preprocessing.size)
     num_classes = int(getattr(module, "num_classes", 0) or 0)
@@ -207,12 +222,14 @@ def describe_device(device: torch.device) -> str:
     return f"Using {device}"
 
 
-def _build(model: str, weights: Path | None, fit: Fit, img_size: tuple[int, int] | None) -> Built:
+def _build(
+    model: str, weights: Path | None, fit: Fit, img_size: tuple[int, int] | None
+) -> tuple[Built, TokenLayout]:
     name = resolve_name(model)
     skeleton = build_skeleton(name, img_size, native=fit is Fit.NATIVE)
     # What cannot work is refused before anything is downloaded.
-    read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
-    return build_model(name, skeleton, weights, img_size, native=fit is Fit.NATIVE)
+    layout = read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
+    return build_model(name, skeleton, weights, img_size, native=fit is Fit.NATIVE), layout
 
 
 def _own_name(module: nn.Module) -> str:

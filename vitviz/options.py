@@ -17,6 +17,7 @@ __all__ = [
     "Method",
     "MethodOptions",
     "PictureOptions",
+    "Precision",
 ]
 
 
@@ -52,6 +53,14 @@ class Fit(_Word):
     SQUASH = "squash"
     CROP = "crop"
     NATIVE = "native"
+
+
+class Precision(_Word):
+    """The numbers that a model computes with; relevance is float32 in any case."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
 
 
 class Kind(_Word):

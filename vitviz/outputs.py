@@ -9,15 +9,18 @@ import json
 import os
 import secrets
 import stat
+import struct
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from vitviz.errors import OutputError
 from vitviz.explanation import Explanation, Prediction
@@ -38,7 +41,7 @@ _PNG_KEY = "vitviz"
 _PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every whole PNG
 _NAME_BYTES = 255
 _FILE_BYTES = 1 << 28  # no map is larger
-_PNG_LEVEL = 1  # five times faster than Pillow's default, for files a tenth larger
+_PNG_START = 33  # signature and header, in bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +112,7 @@ def encode(explanation: Explanation, kind: Kind, provenance: Provenance) -> byte
         np.save(buffer, explanation.relevance)
         np.save(buffer, np.array(text))
         return buffer.getvalue()
-    draw = {
-        Kind.OVERLAY: explanation.overlay,
-        Kind.HEATMAP: explanation.heatmap,
-        Kind.PANEL: explanation.panel,
-    }
-    info = PngInfo()
-    info.add_text(_PNG_KEY, text)
-    draw[kind]().save(buffer, "PNG", pnginfo=info, compress_level=_PNG_LEVEL)
-    return buffer.getvalue()
+    return _png(explanation.draw(kind), text)
 
 
 def read_provenance(path: Path) -> Provenance | None:
@@ -186,6 +181,19 @@ def _short(name: str) -> str:
     while kept and 0x80 <= encoded[len(kept)] < 0xC0:  # never cut inside a character
         kept = kept[:-1]
     return os.fsdecode(kept) + ending
+
+
+def _png(pixels: NDArray[np.uint8], text: str) -> bytes:
+    """Encode (height, width, 3) RGB as PNG with an ASCII text in it.
+
+    OpenCV's settings (zlib level 1 on run lengths) take a tenth of the time of Pillow's default,
+    for files an eighth larger.
+    """
+    _, encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    content = encoded.tobytes()
+    body = b"tEXt" + f"{_PNG_KEY}\0{text}".encode("ascii")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return content[:_PNG_START] + chunk + content[_PNG_START:]
 
 
 def _png_text(path: Path) -> str:

@@ -328,6 +328,7 @@ def run_record(model: Model, job: Job) -> dict[str, Any]:
                 **job.pictures.described(Kind.OVERLAY),
                 "fit": job.fit.value,
                 "size": list(model.preprocessing.size),
+                "dtype": str(model.dtype).removeprefix("torch."),
                 "class": list(job.method.classes) if class_requests(model, job.method) else [],
                 "save": [kind.value for kind in job.pictures.kinds],
             },
@@ -425,7 +426,7 @@ def _to_tensor(model: Model, samples: list[ImageSample]) -> Tensor:
         torch.tensor(values, device=images.device).view(1, 3, 1, 1)
         for values in (model.preprocessing.mean, model.preprocessing.std)
     )
-    return images.sub_(mean).div_(std).to(next(model.module.parameters()).dtype)
+    return images.sub_(mean).div_(std).to(model.dtype)
 
 
 def _explanations(

@@ -53,11 +53,10 @@ def place_heat(relevance: NDArray[Any], region: Region, size: tuple[int, int]) -
 
 def color_heat(heat: Heat, colormap: Colormap) -> Pixels:
     """Colour heat (height, width) as RGB; what the model did not see is black."""
-    unseen = np.isnan(heat)
-    levels = np.rint(np.where(unseen, 0, heat) * 255).astype(np.uint8)
-    colors: Pixels = _color_table(colormap)[levels]
-    colors[unseen] = 0
-    return colors
+    levels = cv2.convertScaleAbs(heat, alpha=255)  # anything where there is no heat
+    colors = cv2.applyColorMap(levels, _color_table(colormap))
+    colors[np.isnan(heat)] = 0
+    return np.asarray(colors, dtype=np.uint8)
 
 
 def overlay(picture: Pixels, heat: Heat, colormap: Colormap, alpha: float) -> Pixels:
@@ -85,7 +84,7 @@ def panel(pictures: list[Pixels], caption: str) -> Pixels:
 
 @lru_cache
 def _color_table(colormap: Colormap) -> Pixels:
-    """Return the 256 RGB colours of a colormap."""
+    """Return the 256 RGB colours (256, 1, 3) of a colormap."""
     ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
     table = cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{colormap.value.upper()}"))
-    return np.asarray(cv2.cvtColor(table, cv2.COLOR_BGR2RGB), dtype=np.uint8).reshape(256, 3)
+    return np.asarray(cv2.cvtColor(table, cv2.COLOR_BGR2RGB), dtype=np.uint8)
