@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCENE := sample_images/scenes/star-ring.png
 SCENE_CLASSES := star ring
+BENCH ?=
 
 # Threads of torch that wait for work leave the processor to others meanwhile.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check zoo census figures format clean
+.PHONY: help setup demo test check zoo bench census figures format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +39,14 @@ check: setup  ## check format, lint and types, then run the tests
 zoo: setup  ## prove the maps of every model of timm that is supported (long)
 	$(BIN)/python -m pytest -q -s tests/sweep_zoo.py
 
+bench: .venv/benchmark  ## measure speed and memory against plain forwards (long; BENCH=--quick)
+	$(BIN)/python -m tests.bench $(BENCH)
+
+.venv/benchmark: .venv/installed
+	$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python -m pip install --quiet --no-deps grad-cam ttach
+	@touch $@
+
 census: setup  ## judge every model of timm anew, for `vitviz models`
 	$(BIN)/python -m vitviz.support
 
@@ -49,4 +58,4 @@ format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what was made here
-	rm -rf .venv vitviz-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .bench vitviz-out .pytest_cache .mypy_cache .ruff_cache

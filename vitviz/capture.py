@@ -38,7 +38,7 @@ class AttentionRecord:
     Attributes:
         query: (batch, heads, queries, head_dim).
         key: (batch, key_heads, keys, head_dim); key_heads divides heads.
-        value: (batch, key_heads, keys, value_dim).
+        value: (batch, key_heads, keys, value_dim); None without a gradient, which alone needs it.
         output: (batch, heads, queries, value_dim), before heads are joined; None unless it can be
             differentiated through.
         bias: Added to the scores, broadcastable to (batch, heads, queries, keys), or None.
@@ -47,7 +47,7 @@ class AttentionRecord:
 
     query: Tensor
     key: Tensor
-    value: Tensor
+    value: Tensor | None
     output: Tensor | None
     bias: Tensor | None
     scale: float
@@ -81,6 +81,7 @@ class AttentionRecord:
         Returns:
             (images, heads, queries, keys), the gradient with respect to the probabilities.
         """
+        assert self.value is not None
         return _products(_exact(gradient[images, :, queries]), self._per_head(self.value[images]))
 
     def _per_head(self, shared: Tensor) -> Tensor:
@@ -230,12 +231,13 @@ class AttentionCapture:
         query, key, value = arguments.query, arguments.key, arguments.value
         output = _own_values(query, value) if self._isolate else call()
         scale = arguments.scale
+        differentiable = self._differentiable(output)
         self._keep(
             AttentionRecord(
                 query=query.detach().contiguous(),
                 key=key.detach().contiguous(),
-                value=value.detach(),
-                output=self._differentiable(output),
+                value=None if differentiable is None else value.detach(),
+                output=differentiable,
                 bias=_additive(arguments, query.shape[-2], key.shape[-2]),
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
             )
