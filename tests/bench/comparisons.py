@@ -1,0 +1,153 @@
+"""The comparisons that several rows make, each with the plain pass through the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+import vitviz
+from tests.bench import runs
+from tests.bench.figures import Figure, Goal, Report, Setting
+from tests.bench.photographs import photographs
+from tests.bench.rounds import MEGABYTE, alternate, peak
+from tests.bench.subject import backward, build, forward, images_for
+from vitviz import outputs
+from vitviz.engine import explain_batch
+from vitviz.options import Kind, Method, MethodOptions
+
+__all__ = ["BATCH", "long_sequence", "overhead", "throughput"]
+
+BATCH = 16
+
+_Pass = Callable[[nn.Module, Tensor], None]
+
+
+def overhead(
+    setting: Setting,
+    options: MethodOptions,
+    *,
+    plain: _Pass = forward,
+    goal: Goal | None = None,
+    device: str = "cpu",
+) -> Report:
+    """Compare a batch of maps with plain passes of the same batch."""
+    module = build(device=device).requires_grad_(False)
+    images = images_for(BATCH, device=device)
+    model = vitviz.load_model(module)
+    times = alternate(
+        setting.rounds(15),
+        plain=lambda: plain(module, images),
+        vitviz=lambda: explain_batch(model, images, options),
+    )
+    return Report(
+        figures=[
+            Figure(
+                label=f"{_described(options)}, batch {BATCH} ÷ {_named(plain)}{_on(device)}",
+                values=times.ratios("vitviz", "plain"),
+                goal=goal,
+            )
+        ],
+        notes={"ms_per_image": times.milliseconds(BATCH), **_card(device)},
+    )
+
+
+def throughput(
+    setting: Setting, kind: Kind, *, goal: Goal | None = None, device: str = "cpu"
+) -> Report:
+    """Compare images/s from files to files with those of the plain forward."""
+    module = build(device=device)
+    model = vitviz.load_model(module)
+    sources = runs.sources_in(photographs(setting))
+    batch = runs.batch_size(model)
+    images = images_for(batch, device=device)
+
+    def plain() -> None:
+        for start in range(0, len(sources), batch):
+            forward(module, images[: len(sources) - start])
+
+    times = alternate(
+        setting.rounds(5),
+        after=runs.clearing(setting),
+        plain=plain,
+        vitviz=lambda: runs.explain(setting, model, sources, kind),
+    )
+    rates = [len(sources) / seconds for seconds in times.seconds["vitviz"]]
+    return Report(
+        figures=[
+            Figure(
+                label=f"photographs → {kind}, images/s ÷ forward{_on(device)}",
+                values=times.ratios("plain", "vitviz"),
+                goal=goal,
+            )
+        ],
+        notes={
+            "images": len(sources),
+            "batch": batch,
+            "images_per_second": median(rates),
+            "png_level": getattr(outputs, "_PNG_LEVEL", None),
+            "ms_per_image": times.milliseconds(len(sources)),
+            **_card(device),
+        },
+    )
+
+
+def long_sequence(
+    setting: Setting,
+    options: MethodOptions,
+    *,
+    slower: float,
+    megabytes: float,
+    plain: _Pass = forward,
+) -> Report:
+    """Compare time and peak memory of one map of 1024×1024 pixels with a plain pass."""
+    module = build(img_size=1024).requires_grad_(False)
+    images = images_for(1, img_size=1024)
+    model = vitviz.load_model(module)
+    sides = {
+        "plain": lambda: plain(module, images),
+        "vitviz": lambda: explain_batch(model, images, options),
+    }
+    rounds = setting.rounds(5)
+    times = alternate(rounds, **sides)
+    peaks = [(peak(sides["vitviz"]), peak(sides["plain"])) for _ in range(rounds)]
+    label = f"{_described(options)}, 4,097 tokens"
+    return Report(
+        figures=[
+            Figure(
+                label=f"{label} ÷ {_named(plain)}",
+                values=times.ratios("vitviz", "plain"),
+                goal=Goal(limit=slower),
+            ),
+            Figure(
+                label=f"{label}, peak memory above {_named(plain)}",
+                values=[
+                    (ours - theirs) / MEGABYTE
+                    for ours, theirs in peaks
+                    if ours is not None and theirs is not None
+                ],
+                unit="MB",
+                goal=Goal(limit=megabytes),
+            ),
+        ],
+        notes={"ms": times.milliseconds()},
+    )
+
+
+def _described(options: MethodOptions) -> str:
+    fusion = "" if options.method is Method.GRAD_ROLLOUT else f" {options.head_fusion}"
+    return f"{options.method}{fusion} {options.discard:g}"
+
+
+def _named(plain: _Pass) -> str:
+    return "forward + backward" if plain is backward else "forward"
+
+
+def _on(device: str) -> str:
+    return "" if device == "cpu" else f", on {device}"
+
+
+def _card(device: str) -> dict[str, str]:
+    return {} if device == "cpu" else {"device": torch.cuda.get_device_name(device)}

@@ -1,0 +1,362 @@
+"""The rows of the benchmark: each compares vitviz with what would be done without it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import vitviz
+from tests.bench import classic, growth, runs
+from tests.bench.classic import ClassicRollout
+from tests.bench.comparisons import BATCH, long_sequence, overhead, throughput
+from tests.bench.figures import Figure, Goal, Report, Row, Setting, SkippedError
+from tests.bench.photographs import large_photographs, many_photographs, photographs
+from tests.bench.rounds import MEGABYTE, alternate, command, peak, peak_so_far, reset_peak
+from tests.bench.subject import NAME, backward, build, forward, images_for, weights
+from vitviz.engine import explain_batch
+from vitviz.options import HeadFusion, Kind, Method, MethodOptions
+
+__all__ = ["ROWS"]
+
+ROWS: dict[str, Row] = {}
+"""All rows by name, in the order in which they run."""
+
+_MAX = MethodOptions(head_fusion=HeadFusion.MAX, discard=0.9)
+_MEAN = MethodOptions(head_fusion=HeadFusion.MEAN, discard=0.0)
+_GRADIENT = MethodOptions(method=Method.GRAD_ROLLOUT, discard=0.9)
+_HEAVY = ("torch", "timm", "cv2", "numpy")  # what `vitviz --help` must do without
+_PLAIN_COMMAND = f"""
+import sys
+import timm, torch
+model = timm.create_model("{NAME}", pretrained=False, checkpoint_path=sys.argv[1]).eval()
+with torch.inference_mode():
+    model(torch.zeros(1, 3, 224, 224))
+"""
+
+_Measure = Callable[[Setting], Report]
+
+
+def _row(*needs: Callable[[Setting], object], cuda: bool = False) -> Callable[[_Measure], _Measure]:
+    """Make a function a row: its name is the row's name, its docstring the title."""
+
+    def register(measure: _Measure) -> _Measure:
+        name = measure.__name__.replace("_", "-")
+        title = (measure.__doc__ or "").rstrip(".")
+        ROWS[name] = Row(name=name, title=title, measure=measure, needs=needs, cuda=cuda)
+        return measure
+
+    return register
+
+
+@_row()
+def rollout(setting: Setting) -> Report:
+    """Rollout (max, discard 0.9), 197 tokens, batch 16 ÷ forward."""
+    return overhead(setting, _MAX, goal=Goal(limit=1.25))
+
+
+@_row()
+def rollout_mean(setting: Setting) -> Report:
+    """Rollout (mean, discard 0), 197 tokens, batch 16 ÷ forward."""
+    return overhead(setting, _MEAN, goal=Goal(limit=1.10))
+
+
+@_row()
+def grad_rollout(setting: Setting) -> Report:
+    """Grad-rollout (top1, discard 0.9), 197 tokens, batch 16 ÷ forward + backward."""
+    return overhead(setting, _GRADIENT, plain=backward, goal=Goal(limit=1.25))
+
+
+@_row(photographs)
+def folder_overlays(setting: Setting) -> Report:
+    """Photographs of 640 px to overlays: images/s ÷ those of the forward alone."""
+    return throughput(setting, Kind.OVERLAY, goal=Goal(limit=0.55, at_least=True))
+
+
+@_row(photographs)
+def folder_npy(setting: Setting) -> Report:
+    """Photographs of 640 px to .npy files: images/s ÷ those of the forward alone."""
+    return throughput(setting, Kind.NPY, goal=Goal(limit=0.70, at_least=True))
+
+
+@_row(photographs, large_photographs)
+def folder_large(setting: Setting) -> Report:
+    """Photographs of 12 megapixels to overlays: images/s ÷ those of 640 px."""
+    model = vitviz.load_model(build())
+    large = runs.sources_in(large_photographs(setting))
+    small = runs.sources_in(photographs(setting))[: len(large)]
+    times = alternate(
+        setting.rounds(5),
+        after=runs.clearing(setting),
+        small=lambda: runs.explain(setting, model, small),
+        large=lambda: runs.explain(setting, model, large),
+    )
+    size = sum(source.path.stat().st_size for source in large) / len(large)
+    return Report(
+        figures=[
+            Figure(
+                label="images/s, 12 MP ÷ 640 px",
+                values=times.ratios("small", "large"),
+                goal=Goal(limit=0.4, at_least=True),
+            )
+        ],
+        notes={
+            "images": len(large),
+            "jpeg_mb": size / MEGABYTE,
+            "ms_per_image": times.milliseconds(len(large)),
+        },
+    )
+
+
+@_row()
+def classic_maps(setting: Setting) -> Report:
+    """The classic way, one image at a time ÷ vitviz in batches: time of a map."""
+    model = vitviz.load_model(build())
+    images = images_for(runs.batch_size(model))
+    classic_rollout = ClassicRollout(build())
+    times = alternate(
+        setting.rounds(11),
+        classic=lambda: [classic_rollout(image) for image in images.split(1)],
+        vitviz=lambda: explain_batch(model, images, _MAX),
+    )
+    return Report(
+        figures=[
+            Figure(
+                label="classic, in one process ÷ vitviz, per map",
+                values=times.ratios("classic", "vitviz"),
+                goal=Goal(limit=3, at_least=True),
+            )
+        ],
+        notes={"batch": len(images), "ms_per_image": times.milliseconds(len(images))},
+    )
+
+
+@_row(photographs, weights)
+def classic_commands(setting: Setting) -> Report:
+    """The classic way, one process an image ÷ one vitviz command, 50 photographs."""
+    count, timed = 50, 5
+    folder = setting.folder / "fifty"
+    chosen = sorted(photographs(setting).iterdir())[:count]
+    if not folder.is_dir():
+        folder.mkdir()
+        for path in chosen:
+            shutil.copyfile(path, folder / path.name)
+    output = setting.folder / "classic.png"
+    script = [sys.executable, classic.__file__]
+    times = alternate(
+        setting.rounds(3),
+        after=runs.clearing(setting),
+        classic=lambda: [
+            command(*script, path, weights(setting), output)() for path in chosen[:timed]
+        ],
+        vitviz=command(*runs.rollout_command(setting, folder)),
+    )
+    return Report(
+        figures=[
+            Figure(
+                label=f"classic, a process an image ÷ vitviz, {count} images",
+                values=times.ratios("classic", "vitviz", factor=count / timed),
+                goal=Goal(limit=30, at_least=True),
+            )
+        ],
+        notes={
+            "scaled": f"{timed} classic processes were timed in each round, times {count // timed}",
+            "ms": times.milliseconds(),
+        },
+    )
+
+
+@_row()
+def long_mean(setting: Setting) -> Report:
+    """Rollout (mean, discard 0), 4,097 tokens, batch 1 ÷ forward."""
+    return long_sequence(setting, _MEAN, slower=3.0, megabytes=150)
+
+
+@_row()
+def long_max(setting: Setting) -> Report:
+    """Rollout (max, discard 0.9), 4,097 tokens, batch 1 ÷ forward."""
+    return long_sequence(setting, _MAX, slower=4.5, megabytes=400)
+
+
+@_row()
+def long_gradient(setting: Setting) -> Report:
+    """Grad-rollout (top1, discard 0.9), 4,097 tokens, batch 1 ÷ forward + backward."""
+    return long_sequence(setting, _GRADIENT, plain=backward, slower=3.0, megabytes=400)
+
+
+@_row()
+def large_model(setting: Setting) -> Report:
+    """DINOv2 large at 1022×1022 (5,330 tokens): the peak of the whole process."""
+    name, side = "vit_large_patch14_dinov2", setting.pick(1022, 518)
+    tokens = (side // 14) ** 2 + 1
+
+    def explain() -> None:
+        model = vitviz.load_model(build(name, img_size=side))
+        explain_batch(model, images_for(1, img_size=side), MethodOptions())
+
+    highest = peak(explain)
+    return Report(
+        figures=[
+            Figure(
+                label=f"peak memory, DINOv2 large, {tokens:,} tokens",
+                values=() if highest is None else [highest / 1e9],
+                unit="GB",
+                goal=Goal(limit=6),
+            )
+        ],
+        notes={"model": name, "img_size": side},
+    )
+
+
+@_row(many_photographs)
+def endurance(setting: Setting) -> Report:
+    """Many photographs in one run: growth of the peak memory after the first ones."""
+    early = setting.pick(200, 64)
+    sources = runs.sources_in(many_photographs(setting))
+    model = vitviz.load_model(build())
+    peaks = []
+    if reset_peak():
+        results = runs.results(setting, model, sources)
+        for part in (islice(results, early), results):
+            runs.expect_written(part)
+            peaks.append(peak_so_far() or 0.0)
+    runs.clearing(setting)()
+    return Report(
+        figures=[
+            Figure(
+                label=f"peak memory after {len(sources):,} images − after {early}",
+                values=[(peaks[1] - peaks[0]) / MEGABYTE] if peaks else (),
+                unit="MB",
+                goal=Goal(limit=30),
+            )
+        ],
+        notes={"peaks_mb": [each / MEGABYTE for each in peaks]},
+    )
+
+
+@_row()
+def help_text(setting: Setting) -> Report:
+    """`vitviz --help` ÷ Python that imports typer and rich; no heavy module is loaded."""
+    times = alternate(
+        setting.rounds(15),
+        vitviz=command(*runs.vitviz_command("--help")),
+        plain=command(sys.executable, "-c", "import typer, rich"),
+    )
+    asked = [sys.executable, "-X", "importtime", *runs.vitviz_command("--help")]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
+    imported = set(re.findall(r"\|\s+(\w+)$", done.stderr, flags=re.MULTILINE))
+    loaded = sorted(imported.intersection(_HEAVY))
+    if "typer" not in imported:
+        raise RuntimeError("python -X importtime does not tell what was imported")
+    return Report(
+        figures=[
+            Figure(
+                label="vitviz --help ÷ import typer, rich",
+                values=times.ratios("vitviz", "plain"),
+                goal=Goal(limit=2.6),
+            ),
+            Figure(
+                label=f"of {', '.join(_HEAVY)} imported",
+                values=[len(loaded)],
+                unit="",
+                goal=Goal(limit=0),
+            ),
+        ],
+        notes={"imported": loaded, "ms": times.milliseconds()},
+    )
+
+
+@_row(photographs, weights)
+def one_image(setting: Setting) -> Report:
+    """One photograph, the whole command ÷ Python that loads the model and runs it once."""
+    photograph = min(photographs(setting).iterdir())
+    times = alternate(
+        setting.rounds(7),
+        after=runs.clearing(setting),
+        plain=command(sys.executable, "-c", _PLAIN_COMMAND, weights(setting)),
+        vitviz=command(*runs.rollout_command(setting, photograph)),
+    )
+    return Report(
+        figures=[
+            Figure(
+                label="vitviz rollout IMAGE ÷ torch, timm, load, forward",
+                values=times.ratios("vitviz", "plain"),
+                goal=Goal(limit=1.15),
+            )
+        ],
+        notes={"ms": times.milliseconds()},
+    )
+
+
+@_row()
+def peer(setting: Setting) -> Report:
+    """GradCAM of pytorch-grad-cam and vitviz's grad-rollout, batch 16, as multiples of forward."""
+    grad_cam = _grad_cam()
+    module, images = build(), images_for(BATCH)
+    model = vitviz.load_model(module)
+    times = alternate(
+        setting.rounds(15),
+        plain=lambda: forward(module, images),
+        grad_cam=lambda: grad_cam(input_tensor=images, targets=None),
+        vitviz=lambda: explain_batch(model, images, _GRADIENT),
+    )
+    return Report(
+        figures=[
+            Figure(
+                label="pytorch-grad-cam GradCAM ÷ forward",
+                values=times.ratios("grad_cam", "plain"),
+            ),
+            Figure(label="vitviz grad-rollout ÷ forward", values=times.ratios("vitviz", "plain")),
+        ],
+        notes={"grad-cam": version("grad-cam"), "ms_per_image": times.milliseconds(BATCH)},
+    )
+
+
+@_row(many_photographs)
+def costs(setting: Setting) -> Report:
+    """How costs grow with tokens, images and batch size: the plot."""
+    return growth.measure(setting)
+
+
+@_row(cuda=True)
+def cuda_rollout(setting: Setting) -> Report:
+    """On the GPU: rollout (max, discard 0.9), 197 tokens, batch 16 ÷ forward."""
+    return overhead(setting, _MAX, device="cuda")
+
+
+@_row(cuda=True)
+def cuda_rollout_mean(setting: Setting) -> Report:
+    """On the GPU: rollout (mean, discard 0), 197 tokens, batch 16 ÷ forward."""
+    return overhead(setting, _MEAN, device="cuda")
+
+
+@_row(cuda=True)
+def cuda_grad_rollout(setting: Setting) -> Report:
+    """On the GPU: grad-rollout (top1, discard 0.9), 197 tokens, batch 16 ÷ forward + backward."""
+    return overhead(setting, _GRADIENT, plain=backward, device="cuda")
+
+
+@_row(photographs, cuda=True)
+def cuda_folder_overlays(setting: Setting) -> Report:
+    """On the GPU: photographs of 640 px to overlays."""
+    return throughput(setting, Kind.OVERLAY, device="cuda")
+
+
+def _grad_cam() -> Callable[..., Any]:
+    """Return GradCAM as its documentation sets it up for a DeiT."""
+    try:
+        from pytorch_grad_cam import GradCAM
+    except ImportError as error:
+        raise SkippedError(f"pytorch-grad-cam cannot be imported: {error}") from error
+    module: Any = build()
+    grad_cam: Callable[..., Any] = GradCAM(
+        model=module,
+        target_layers=[module.blocks[-1].norm1],
+        reshape_transform=lambda tokens: tokens[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2),
+    )
+    return grad_cam
