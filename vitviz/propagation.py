@@ -168,12 +168,20 @@ def _discard_lowest(fused: Tensor, ratio: float) -> None:
     count = math.floor(round(ratio * entries.shape[1], 6))
     if not count:
         return
-    if fused.device.type == "cpu":  # NumPy selects ten times faster than torch there
-        for image in entries.numpy():
-            np.multiply(image, image >= _order_statistic(image, count), out=image)
-    else:
-        kept = entries.topk(entries.shape[1] - count, dim=1, sorted=False).values
-        fused.masked_fill_(fused < kept.amin(dim=1)[:, None, None], 0)
+    zero = _zero_by_selection if fused.device.type == "cpu" else _zero_by_topk
+    zero(entries, count)
+
+
+def _zero_by_selection(entries: Tensor, count: int) -> None:
+    """Zero the ``count`` lowest of each image's entries (images, N²), on a processor."""
+    for image in entries.numpy():
+        np.multiply(image, image >= _order_statistic(image, count), out=image)
+
+
+def _zero_by_topk(entries: Tensor, count: int) -> None:
+    """Zero the ``count`` lowest of each image's entries (images, N²), on an accelerator."""
+    kept = entries.topk(entries.shape[1] - count, dim=1, sorted=False).values
+    entries.masked_fill_(entries < kept.amin(dim=1, keepdim=True), 0)
 
 
 def _order_statistic(entries: NDArray[Any], index: int) -> Any:

@@ -1,0 +1,148 @@
+"""The algebra of propagation, piece by piece, against the same in float64 by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vitviz import propagation
+from vitviz.capture import AttentionRecord, GivenAttention
+from vitviz.options import HeadFusion
+from vitviz.propagation import Fusion, attention_rollout, fuse_heads, pooled_readout
+
+EVERYTHING = slice(None)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attention(batch: int, heads: int, tokens: int, seed: int = 0) -> AttentionRecord:
+    query, key = (3 * drawn(batch, heads, tokens, 8, seed=seed + part) for part in (1, 2))
+    return AttentionRecord(query=query, key=key, value=None, output=None, bias=None, scale=1.0)
+
+
+def call_of(row: Tensor) -> Fusion:
+    """Make a call of one query from its rows (batch, maps, keys)."""
+    return lambda images, queries: row.unsqueeze(2)[images, :, queries]
+
+
+@pytest.mark.parametrize("maps", [1, 3])
+def test_pooling_attention_is_the_mean_of_its_maps_over_its_sum(maps: int) -> None:
+    row = drawn(2, maps, 5)
+    found = pooled_readout([call_of(row)], tokens=7)  # which leaves out two prefix tokens
+    fused = row.double().mean(dim=1)
+    expected = torch.cat([torch.zeros(2, 2), fused / fused.sum(dim=1, keepdim=True)], dim=1)
+    torch.testing.assert_close(found.double(), expected.double())
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_class_attention_composes_as_blocks_do(calls: int) -> None:
+    """Multiply the whole matrices, in which tokens other than the class token stay as they are."""
+    tokens = 5
+    rows = [drawn(2, 1, 1 + tokens, seed=seed) for seed in range(calls)]
+    found = pooled_readout([call_of(row) for row in rows], tokens)
+    for image in range(2):
+        product = np.eye(1 + tokens)
+        for row in rows:
+            matrix = np.eye(1 + tokens)
+            matrix[0] += row[image, 0].double().numpy()
+            product = matrix / matrix.sum(axis=1, keepdims=True) @ product
+        gathered = product[0, 1:]
+        np.testing.assert_allclose(found[image].numpy(), gathered / gathered.sum(), rtol=1e-5)
+
+
+def test_pooling_attention_of_nothing_is_not_a_number() -> None:
+    assert pooled_readout([call_of(torch.zeros(1, 1, 4))], tokens=4).isnan().all()
+
+
+def test_what_talking_heads_made_negative_gathers_nothing() -> None:
+    given = GivenAttention(attention=drawn(2, 3, 4, 4) - 0.5, output=None)
+    fused = fuse_heads(given, HeadFusion.MAX)(EVERYTHING, EVERYTHING)
+    expected = given.attention.clamp(min=0).amax(dim=1, keepdim=True)
+    assert torch.equal(fused, expected)
+    assert (given.attention < 0).any()  # and the model's own is as it was
+
+
+@pytest.mark.parametrize("discard", [0, 0.5])
+@pytest.mark.parametrize("fusion", HeadFusion)
+@pytest.mark.parametrize("entries", [1, 40, 300, 1000, 1 << 20])
+def test_pieces_of_any_size_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, entries: int, fusion: HeadFusion, discard: float
+) -> None:
+    records = [attention(3, 2, 9, seed=seed) for seed in (10, 20)]
+    fusions = [fuse_heads(record, fusion) for record in records]
+    readout = drawn(9, seed=3) * torch.tensor([0, 0, 1, 0, 1, 1, 0, 0, 0])
+    readout /= readout.sum()
+    monkeypatch.setattr(propagation, "_CHUNK_ENTRIES", entries)
+    found = attention_rollout(records, fusions, readout, discard=discard)
+    expected = readout.double().numpy()
+    for image in range(3):
+        product = np.eye(9)
+        for record in records:
+            heads = record.probabilities(EVERYTHING, EVERYTHING)[image].double().numpy()
+            fused = getattr(np, fusion.value)(heads, axis=0)
+            fused[fused < np.sort(fused, axis=None)[int(discard * 81)]] = 0
+            matrix = fused + np.eye(9)
+            product = matrix / matrix.sum(axis=1, keepdims=True) @ product
+        np.testing.assert_allclose(found[image].numpy(), expected @ product, rtol=1e-4, atol=1e-7)
+
+
+def test_only_rows_that_are_read_are_computed_in_the_last_block() -> None:
+    asked: list[slice] = []
+    record = attention(1, 2, 9)
+    fuse = fuse_heads(record, HeadFusion.MEAN)
+
+    def noted(images: slice, queries: slice) -> Tensor:
+        asked.append(queries)
+        return fuse(images, queries)
+
+    readout = torch.eye(9)[2:4].mean(dim=0)
+    attention_rollout([record, record], [noted, noted], readout, discard=0)
+    assert asked == [slice(2, 4), slice(0, 9)]
+
+
+ENTRIES = {
+    "uniform": np.full(5000, 0.25, np.float32),
+    "two values": np.repeat(np.float32([0, 1]), 2500),
+    "ascending": np.arange(5000, dtype=np.float32),
+    "random": drawn(5000).numpy(),
+    "steep": (drawn(5000) ** 20).numpy(),
+    "rare": np.where(np.arange(5000) == 4321, 1, 0).astype(np.float32),
+    "few": np.float32([3, 1, 2]),
+    "one": np.float32([3]),
+}
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.9999])
+@pytest.mark.parametrize("entries", ENTRIES.values(), ids=ENTRIES)
+def test_order_statistic_is_that_of_the_sorted_entries(entries: np.ndarray, share: float) -> None:
+    index = int(share * entries.size)
+    before = entries.copy()
+    assert propagation._order_statistic(entries, index) == np.sort(entries)[index]
+    assert np.array_equal(entries, before)
+
+
+def test_order_statistic_survives_a_sample_that_tells_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = np.arange(5000, dtype=np.float32)
+    monkeypatch.setattr(propagation, "_sample_positions", lambda size: np.arange(100))
+    assert propagation._order_statistic(entries, 4000) == 4000
+
+
+def test_entries_that_are_not_numbers_are_not_hidden() -> None:
+    entries = drawn(2, 400)
+    entries[0, 7] = torch.nan
+    propagation._zero_by_selection(entries, 300)
+    assert entries[0, 7].isnan()
+    assert int((entries[1] == 0).sum()) == 300
+
+
+@pytest.mark.parametrize("count", [1, 200, 399])
+def test_processor_and_accelerator_discard_the_same(count: int) -> None:
+    here, there = drawn(3, 400), drawn(3, 400)
+    propagation._zero_by_selection(here, count)
+    propagation._zero_by_topk(there, count)
+    assert torch.equal(here, there)
+    assert ((here == 0).sum(dim=1) == count).all()
