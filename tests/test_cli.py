@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import vitviz
 from fixtures_io import (
@@ -32,6 +33,8 @@ from fixtures_io import (
     tiny_state,
 )
 from vitviz import models, pipeline
+from vitviz.options import Kind
+from vitviz.outputs import Provenance, read_provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -490,6 +493,156 @@ def test_writing_beside_the_images_can_be_repeated(shell: Shell, tiny: list[str]
     assert first.code == 0
     again = shell("rollout", ".", "-o", ".", *tiny)
     assert (again.code, again.paths) == (0, first.paths)
+
+
+# What made a file
+
+
+def command_of(record: dict[str, Any], provenance: Provenance) -> list[str]:
+    """Rebuild from a record, and from what the file itself says, the command that made a file."""
+    run, recipe = record["run"], provenance.recipe
+    options = dict(run["options"])
+    rows, cols = recipe["preprocessing"]["size"]
+    precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[options.pop("dtype")]
+    assert [rows, cols] == options.pop("size")
+    assert (options.pop("fit"), run["method"]) == (recipe["fit"], recipe["method"])
+    assert recipe["kind"] in options.pop("save")
+    assert recipe["weights_sha256"] == run["weights"]["sha256"]
+    assert recipe["options"].items() <= options.items()
+    options.pop("class")
+    words = [recipe["method"], provenance.source, "--fit", recipe["fit"], "--save", recipe["kind"]]
+    words += ["-m", recipe["model"], "--weights", run["weights"]["source"]]
+    words += ["--img-size", f"{rows}x{cols}", "--precision", precision]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    if recipe["class"]:
+        words += ["--class", recipe["class"].removeprefix("c")]
+    return words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rollout"],
+        ["rollout", "--head-fusion", "min", "--discard", "0.35", "--start-layer", "2"],
+        ["rollout", "--fit", "native", "--img-size", "48x80", "--alpha", "0.3"],
+        ["rollout", "--precision", "bf16", "--fit", "crop", "--colormap", "bone"],
+        ["grad-rollout", "--class", "tabby", "--class", "top2", "--max-size", "40"],
+    ],
+    ids=" ".join,
+)
+def test_record_suffices_to_make_each_file_again(
+    shell: Shell, tiny: list[str], words: list[str]
+) -> None:
+    save_pictures(Path(), ["p/a.png", "p/b.png"], (50, 70))
+    save = [word for kind in Kind for word in ("--save", kind.value)]
+    done = shell(words[0], "p", *save, *tiny, *words[1:], "--json", "--batch-size", "1")
+    assert done.code == 0, done.err
+    for record in done.records:
+        for output in record["outputs"]:
+            path = Path(output["path"])
+            provenance = read_provenance(path)
+            assert provenance
+            again = shell(*command_of(record, provenance), "-o", "again")
+            assert again.code == 0, again.err
+            remade = Path("again", *path.parts[1:])
+            if "top" not in path.name:  # for the second best, the best is made too
+                assert again.paths == [str(remade)]
+            assert remade.read_bytes() == path.read_bytes(), path
+
+
+def test_one_changed_thing_is_made_again_and_no_other(
+    shell: Shell, tiny: list[str], kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(Path(), ["a.png"])
+    state = tiny_state()
+    state["blocks.3.mlp.fc2.weight"][1, 2] += 2**-20
+    save_file(state, "weight.safetensors")
+    Path("labels.txt").write_text("\n".join([*LABELS[:-1], "Sky"]), encoding="utf-8")
+    shutil.copy(kept / "tiny.safetensors", "copy.safetensors")
+    command = ["grad-rollout", "a.png", "--class", "3", *tiny]
+    assert skipping(shell, *command) == "written"
+    for same in (
+        ["--batch-size", "3"],
+        ["--workers", "1"],
+        ["--device", "cpu"],
+        ["--quiet"],
+        ["--weights", "copy.safetensors"],
+        ["--precision", "fp32"],
+        ["--fit", "squash"],
+        ["--img-size", "64x64"],
+    ):
+        assert skipping(shell, *command, *same) == "skipped", same
+    path = Path("vitviz-out/a.png.grad-rollout.c3.png")
+    before = path.read_bytes()
+    for change in (
+        ["--weights", "weight.safetensors"],
+        ["--labels", "labels.txt"],
+        ["--colormap", "jet"],
+        ["--precision", "fp16"],
+        ["--precision", "bf16"],
+        ["--discard", "0.91"],
+    ):
+        assert skipping(shell, *command, *change) == "written", change
+        assert skipping(shell, *command, *change) == "skipped", change
+        path.write_bytes(before)
+    assert skipping(shell, *command) == "skipped"
+    with monkeypatch.context() as patch:
+        patch.setattr(vitviz, "__version__", "9.9")
+        assert skipping(shell, *command) == "written"
+    path.write_bytes(before)
+    with Path("a.png").open("ab") as file:
+        file.write(b"\0")  # behind the picture's end
+    assert skipping(shell, *command) == "written"
+
+
+# Sources stay as they are
+
+
+@pytest.mark.parametrize("folders", [("p", "p"), ("p", "p/maps"), ("p", "."), (".", ".")], ids=str)
+def test_maps_among_the_sources_are_no_sources(
+    shell: Shell, tiny: list[str], folders: tuple[str, str]
+) -> None:
+    save_pictures(Path("p"), ["a.png", "q/b.png"])
+    before = {path: path.read_bytes() for path in Path("p").rglob("*.png")}
+    save = [word for kind in Kind for word in ("--save", kind.value)]
+    command = ["rollout", folders[0], "-o", folders[1], *save, *tiny]
+    first = shell(*command)
+    assert (first.code, len(first.paths)) == (0, 8)
+    for more in ([], ["--skip-existing"], ["--head-fusion", "mean"]):
+        again = shell(*command, *more)
+        assert again.code == 0
+        assert again.paths == ([] if "--skip-existing" in more else first.paths)
+    assert {path: path.read_bytes() for path in before} == before
+    assert len([path for path in Path().rglob("*") if path.is_file()]) == 2 + 8
+
+
+def test_output_that_is_a_source_is_refused(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path(), ["p/a.png"])
+    assert shell("rollout", "p/a.png", "-o", ".", *tiny).code == 0
+    name = "p/a.png.rollout.png"
+    before = Path(name).read_bytes()
+    Path("linked").mkdir()
+    Path("linked/soft.png").symlink_to(Path(name).absolute())
+    Path("linked/hard.png").hardlink_to(name)
+    Path("same").symlink_to(".")
+    for source in (name, f"same/{name}", "linked/soft.png", "linked/hard.png"):
+        for output in (".", "same"):
+            done = shell("rollout", "p/a.png", source, "-o", output, "--discard", "0", *tiny)
+            assert (done.code, done.out) == (2, b"")
+            assert "would overwrite the source" in one_line(done)
+            assert Path(name).read_bytes() == before
+    assert Path("linked/soft.png").is_symlink()
+
+
+def test_output_that_is_a_source_in_another_case_is_refused(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path(), ["p/a.png"])
+    if not Path("P/A.PNG").exists():
+        pytest.skip("this file system tells upper from lower case")
+    assert shell("rollout", "p/a.png", "-o", ".", *tiny).code == 0
+    done = shell("rollout", "P/A.png", "p/a.png.rollout.png", "-o", ".", *tiny)
+    assert done.code == 2
+    assert "would overwrite the source" in one_line(done)
 
 
 # Pictures

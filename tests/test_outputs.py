@@ -7,7 +7,10 @@ import io
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +32,7 @@ from vitviz.outputs import (
     output_path,
     prepare_folder,
     read_provenance,
+    sweep,
     write_whole,
 )
 
@@ -319,7 +323,7 @@ def test_folders_are_made_and_no_temporary_file_remains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["write_bytes", "replace"])
+@pytest.mark.parametrize("step", ["write_bytes", "hardlink_to", "replace"])
 def test_nothing_remains_of_a_file_that_was_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
 ) -> None:
@@ -329,12 +333,15 @@ def test_nothing_remains_of_a_file_that_was_not_finished(
                 file.write(b"ha")
         raise error
 
+    if step == "replace":
+        (tmp_path / "a.png").write_bytes(encode(explanation(), Kind.OVERLAY, MINE))
+    before = [path.read_bytes() for path in tmp_path.iterdir()]
     monkeypatch.setattr(Path, step, fail)
     expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         write_whole(tmp_path / "a.png", b"half a picture", MINE)
     monkeypatch.undo()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == before
 
 
 def test_old_file_survives_a_failed_rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +379,7 @@ def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(OutputError, match="Permission denied"):
         prepare_folder(tmp_path)
 
@@ -406,3 +413,93 @@ def test_provenance_is_readable_json(tmp_path: Path) -> None:
         stored = json.loads(image.info["vitviz"])
     assert stored["class_label"] == "tabby, tabby cat"
     assert stored["source"] == MINE.source
+
+
+# Not alone
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_name_taken_meanwhile_by_a_map_of_another_source_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    path = tmp_path / "a.png"
+    theirs = encode(explanation(), Kind.OVERLAY, OTHER)
+    write = Path.write_bytes
+
+    def write_after_them(temporary: Path, content: bytes) -> int:
+        write(path, theirs)
+        return write(temporary, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_after_them)
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", without_links)
+    with pytest.raises(OutputError, match="made from b.jpg"):
+        write_whole(path, b"new", MINE)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [theirs]
+
+
+def test_name_taken_meanwhile_by_the_same_map_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def write_after_them(temporary: Path, content: bytes) -> int:
+        write(tmp_path / "a.png", encode(explanation(), Kind.OVERLAY, MINE))
+        return write(temporary, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_after_them)
+    write_whole(tmp_path / "a.png", b"new", MINE)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+
+
+def without_links(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")  # as FAT says
+
+
+def test_file_system_without_links_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "hardlink_to", without_links)
+    write_whole(tmp_path / "a.png", b"x", MINE)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"x"]
+
+
+# What killed runs leave
+
+HERE, START = outputs._place(), outputs._START
+DAY = 24 * 60 * 60
+
+
+def dead() -> int:
+    """Return the number of a process that has been."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    return process.pid
+
+
+LEFT = {
+    "dead": (f".vitviz-{HERE}-{dead()}-0a-1b.tmp", 0, False),
+    "beyond-all-numbers": (f".vitviz-{HERE}-{10**30}-0a-1b.tmp", 0, False),
+    "mine": (f".vitviz-{HERE}-{os.getpid()}-{START}-1b.tmp", 0, True),
+    "mine-of-an-earlier-process": (f".vitviz-{HERE}-{os.getpid()}-0a-1b.tmp", 0, False),
+    "alive": (f".vitviz-{HERE}-{os.getppid()}-0a-1b.tmp", DAY / 2, True),
+    "number-used-again": (f".vitviz-{HERE}-{os.getppid()}-0a-1b.tmp", DAY * 2, False),
+    "elsewhere": (f".vitviz-elsewhere-{dead()}-0a-1b.tmp", DAY / 2, True),
+    "elsewhere-for-long": (f".vitviz-elsewhere-{dead()}-0a-1b.tmp", DAY * 2, False),
+    "users-own": (".vitviz-notes.tmp", DAY * 2, True),
+    "users-own-visible": ("a.tmp", DAY * 2, True),
+}
+
+
+@pytest.mark.parametrize(("name", "age", "stays"), LEFT.values(), ids=LEFT)
+def test_only_what_nobody_writes_any_more_is_swept(
+    tmp_path: Path, name: str, age: float, stays: bool
+) -> None:
+    path = tmp_path / name
+    path.touch()
+    os.utime(path, (time.time() - age,) * 2)
+    sweep([tmp_path / "missing", tmp_path])
+    assert path.exists() is stays
+
+
+def test_names_of_temporary_files_are_those_that_are_swept(tmp_path: Path) -> None:
+    with outputs._temporary(tmp_path) as path:
+        assert outputs._TEMPORARY.fullmatch(path.name)

@@ -9,19 +9,20 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
 
 import vitviz
-from vitviz.errors import OptionError, SourceError, VitvizError, printable
+from vitviz.errors import OptionError, OutputError, SourceError, VitvizError, printable
 from vitviz.options import (
     Colormap,
     Fit,
@@ -33,6 +34,7 @@ from vitviz.options import (
     PictureOptions,
     Precision,
 )
+from vitviz.streaming import stop_with
 
 __all__ = ["app", "main"]
 
@@ -40,6 +42,8 @@ _MODEL_HELP = (
     "A timm name, an alias, demo, hf-hub:owner/name, a folder with a config.json, or your own "
     "package.module:factory."
 )
+_ECHO = 0.2  # seconds: `timeout` and others send a signal twice, people are slower
+_Result = TypeVar("_Result")
 _UsageError: Any = typer.BadParameter.__base__  # click's, wherever this typer keeps click
 
 app = typer.Typer(
@@ -251,13 +255,11 @@ def models(
     names = find_models(pattern)
     if not names:
         raise OptionError(f"no model's name has {pattern!r}; try a part of it, like deit or dinov2")
-    try:
+    with _until_reader_leaves():
         for name, support in survey_models(names):
             if support.rollout or not supported:
                 line = json.dumps({"name": name, **asdict(support)}) if as_json else None
                 typer.echo(line or f"{name}: {support.describe()}")
-    except BrokenPipeError:
-        _leave_quietly()
 
 
 @app.command()
@@ -309,17 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(130)
 
 
-def _leave_quietly() -> NoReturn:
-    """Leave because whoever read our results has left."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
-    os.dup2(devnull, sys.stderr.fileno())
-    sys.exit(141)
-
-
-def _complain(message: str) -> NoReturn:
+def _complain(message: str, code: int = 2) -> NoReturn:
     typer.echo(f"Error: {printable(message)}", err=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _explain(run: RunOptions, **method: Any) -> None:
@@ -347,15 +341,13 @@ def _explain(run: RunOptions, **method: Any) -> None:
     )
     for note in model.notes:
         reporter.say(note, "yellow")
-    with _terminable():
+    with _until_reader_leaves(), _Interruption() as interruption:
         try:
             warn = partial(reporter.say, style="yellow")
-            results = pipeline.run(model, sources, job, warn=warn)
+            results = interruption.between(pipeline.run(model, sources, job, warn=warn))
             reporter.show(results, len(sources), pipeline.run_record(model, job))
-        except BrokenPipeError:
-            _leave_quietly()
-        finally:
-            reporter.summarize()
+        except OutputError as error:  # what went before is written: no reason to leave with 2
+            _complain(str(error), code=1)
     raise typer.Exit(int(reporter.failed))
 
 
@@ -435,14 +427,56 @@ def _importing() -> Iterator[None]:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does: what is being written is finished first."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
+def _until_reader_leaves() -> Iterator[None]:
+    """Leave quietly when whoever reads our results has left."""
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BrokenPipeError:
+        from vitviz.reporting import discard
+
+        discard(sys.stdout)
+        discard(sys.stderr)
+        sys.exit(141)
+
+
+class _Interruption:
+    """Lets Ctrl-C and SIGTERM end the work: what is being written is finished and told first.
+
+    A second one ends the process at once; a temporary file that it may leave goes with the next
+    run.
+    """
+
+    def __init__(self) -> None:
+        self._came: float | None = None
+        self._telling = False
+        self._put_off: SystemExit | None = None
+
+    def __enter__(self) -> _Interruption:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._come) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def between(self, results: Generator[_Result, None, None]) -> Iterator[_Result]:
+        """Yield results so that none is lost by an interruption while another is told."""
+        for result in results:
+            self._telling = True
+            yield result
+            self._telling = False
+            if self._put_off:
+                error, self._put_off = self._put_off, None  # once: what follows is told in peace
+                yield from stop_with(results, error)
+
+    def _come(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._came is not None:
+            if now - self._came > _ECHO:
+                os._exit(128 + number)
+            return
+        self._came = now
+        if not self._telling:
+            sys.exit(128 + number)
+        self._put_off = SystemExit(128 + number)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import platform
+import re
 import secrets
 import stat
 import struct
-import tempfile
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +35,11 @@ __all__ = [
     "Provenance",
     "encode",
     "is_whole",
+    "obstacle",
     "output_path",
     "prepare_folder",
     "read_provenance",
+    "sweep",
     "write_whole",
 ]
 
@@ -42,6 +48,11 @@ _PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every whole PNG
 _NAME_BYTES = 255
 _FILE_BYTES = 1 << 28  # no map is larger
 _PNG_START = 33  # signature and header, in bytes
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_TEMPORARY = re.compile(r"\.vitviz-(?P<place>\w+)-(?P<process>\d+)-(?P<start>\w+)-\w+\.tmp")
+_START = secrets.token_hex(4)  # of this process: another one had its number before
+_FORGOTTEN = 24 * 60 * 60  # seconds; whoever is alive moves a temporary file away in moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +103,8 @@ def prepare_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with _temporary(folder) as temporary:
+            temporary.unlink()
     except OSError as error:
         raise OutputError(
             f"--output {folder} cannot be written to: {error.strerror}; choose another folder"
@@ -146,29 +157,117 @@ def write_whole(path: Path, content: bytes, provenance: Provenance) -> None:
     Raises:
         OutputError: Another file is in the way, or the place cannot be written to.
     """
-    if os.path.lexists(path):
-        found = read_provenance(path)
-        if found is None or not found.same_source(provenance):
-            origin = f"was made from {found.source}" if found else "was not made by vitviz"
-            raise OutputError(f"{path} is in the way and {origin}; move it or use another --output")
+    new = _is_free_for(path, provenance)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path.parent) as temporary:
             temporary.write_bytes(content)
-            temporary.replace(path)
+            # A name that was free may be another run's by now: only a link never replaces.
+            if not (new and _linked(temporary, path)):
+                _is_free_for(path, provenance)
+                temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def obstacle(folder: Path, error: OutputError) -> str | None:
+    """Tell why no other file could be written either, after one could not; None if it could."""
+    if not isinstance(error.__cause__, OSError):  # the file in the way is in the way of no other
+        return None
+    if error.__cause__.errno in _NO_ROOM:
+        return f"no room is left for {folder}; make some, then go on with --skip-existing"
+    try:
+        prepare_folder(folder)
+    except OutputError as trouble:
+        return str(trouble)
+    return None
+
+
+def sweep(folders: Iterable[Path]) -> None:
+    """Remove the temporary files that killed runs have left in these folders."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for path in folder.glob(".vitviz-*.tmp"):
+                if _is_abandoned(path):
+                    path.unlink(missing_ok=True)
+
+
+def _is_free_for(path: Path, provenance: Provenance) -> bool:
+    """Tell whether a name is new; raise if it is taken by what must not be replaced."""
+    if not os.path.lexists(path):
+        return True
+    found = read_provenance(path)
+    if found is None or not found.same_source(provenance):
+        origin = f"was made from {found.source}" if found else "was not made by vitviz"
+        raise OutputError(f"{path} is in the way and {origin}; move it or use another --output")
+    return False
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give a file its final name; False when that is taken, or the file system has no links."""
+    try:
+        path.hardlink_to(temporary)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
+        return False
+    temporary.unlink()
+    return True
+
+
 @contextlib.contextmanager
 def _temporary(folder: Path) -> Iterator[Path]:
-    """Give the path of a new file of this process, gone afterwards if it was not moved away."""
-    path = folder / f".vitviz-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    """Give the path of a new file of this process, which is gone when its writing fails."""
+    owner = f"{_place()}-{os.getpid()}-{_START}"
+    path = folder / f".vitviz-{owner}-{secrets.token_hex(8)}.tmp"
     path.touch(exist_ok=False)
     try:
         yield path
-    finally:
-        path.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what failed first is what matters
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Tell whether nobody is writing a temporary file any more.
+
+    A file of a dead process is. The process can be asked for only where its number means
+    anything, on the same machine and in the same container, and a number may have gone to another
+    process since: then age decides. Should a file be taken from its owner after all, as from one
+    that slept for a day, then that image fails and says so; nothing half-written appears.
+    """
+    name = _TEMPORARY.fullmatch(path.name)
+    if name is None:
+        return False
+    if name["place"] == _place() and not _is_alive(int(name["process"]), name["start"]):
+        return True
+    return time.time() - path.stat().st_mtime > _FORGOTTEN
+
+
+def _is_alive(process: int, start: str) -> bool:
+    """Tell whether there is a process of this number; if it is ours, whether it was ours then."""
+    if process == os.getpid():
+        return start == _START
+    if os.name != "posix":  # where to ask may be to kill
+        return True
+    try:
+        os.kill(process, 0)
+        return b") Z " not in Path(f"/proc/{process}/stat").read_bytes()  # a dead one, unburied
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's process, or a system without /proc
+        return True
+
+
+@cache
+def _place() -> str:
+    """Digest of where a process number means anything: the machine, on Linux the container."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 (no path)
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
 
 
 def _short(name: str) -> str:

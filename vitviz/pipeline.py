@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,23 +38,25 @@ from vitviz.images import (
     ImageFile,
     ImageSample,
     Source,
-    identity,
     load_sample,
     read_file,
     sample_of,
 )
 from vitviz.lanes import batch_size_for
 from vitviz.models import Model
-from vitviz.options import Fit, Job, Kind, MethodOptions, PictureOptions
+from vitviz.options import Fit, Job, Kind, Method, MethodOptions, PictureOptions
 from vitviz.outputs import (
     Provenance,
     encode,
     is_whole,
+    obstacle,
     output_path,
     read_provenance,
+    sweep,
     write_whole,
 )
-from vitviz.streaming import group, in_order, map_ahead, worker_threads
+from vitviz.render import normalize
+from vitviz.streaming import group, in_order, map_ahead, stop_with, worker_threads
 
 __all__ = [
     "Output",
@@ -90,6 +92,7 @@ class Result:
         outputs: The files, those that were there already included.
         predictions: The best classes, best first.
         error: Why it failed.
+        obstacle: Why every other image would fail in the same way.
     """
 
     source: Source
@@ -97,6 +100,7 @@ class Result:
     outputs: tuple[Output, ...] = ()
     predictions: tuple[Prediction, ...] = ()
     error: str | None = None
+    obstacle: str | None = None
 
 
 def run(
@@ -105,8 +109,10 @@ def run(
     job: Job,
     *,
     warn: Callable[[str], None] = warnings.warn,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Explain images and write their maps, yielding one result an image in the order given.
+
+    Results of what is being written when an error is thrown in are yielded before it is raised.
 
     Args:
         model: The model; it is left as it was.
@@ -118,15 +124,18 @@ def run(
         VitvizError: The options do not fit the model, or the model cannot be explained; an image
             that fails is a result, not an error.
         SourceError: An output would overwrite a source.
+        OutputError: Nothing can be written any more, as on a full disk: of ten thousand images all
+            would fail alike, each after the model has run for it.
     """
     requests = tuple(request.key for request in class_requests(model, job.method)) or (None,)
     ledger = _Ledger(model=model, job=job, requests=requests, frame=frame_of(model, job.fit))
     ledger.refuse_overwriting(sources)
+    sweep({job.output, *((job.output / source.key).parent for source in sources)})
     with worker_threads(job.workers) as pool:
         depth = _ahead(job, model)
         prepared = map_ahead(pool, ledger.prepare, sources, depth)
         explained = _explained(model, prepared, job, warn)
-        yield from map_ahead(pool, ledger.write, explained, depth, drain=True)
+        yield from _up_to_obstacle(map_ahead(pool, ledger.write, explained, depth, drain=True))
 
 
 def explain(
@@ -217,11 +226,11 @@ class _Ledger:
     frame: Frame
 
     def refuse_overwriting(self, sources: Sequence[Source]) -> None:
-        """Make sure that no output has the name of a source."""
-        taken = {identity(source.path) for source in sources}
+        """Make sure that no output is a source, by whatever name."""
+        taken = {_file_at(source.path) for source in sources} - {None}
         for source in sources:
             for path, _, _ in self.files(source):
-                if identity(path) in taken:
+                if _file_at(path) in taken:
                     raise SourceError(
                         f"the map of {source.path} would overwrite the source {path}; "
                         "choose another --output folder"
@@ -257,8 +266,11 @@ class _Ledger:
                 provenance = self._provenance(item.sample, request, kind, explanation)
                 write_whole(path, encode(explanation, kind, provenance), provenance)
                 outputs.append(_output(path, kind, provenance))
-        except (OutputError, MemoryError) as error:
+        except MemoryError as error:
             return replace(_failed(source, error), outputs=tuple(outputs))
+        except OutputError as error:
+            reason = obstacle(self.job.output, error)
+            return replace(_failed(source, error), outputs=tuple(outputs), obstacle=reason)
         return Result(
             source=source,
             status="written",
@@ -329,6 +341,7 @@ def run_record(model: Model, job: Job) -> dict[str, Any]:
                 "fit": job.fit.value,
                 "size": list(model.preprocessing.size),
                 "dtype": str(model.dtype).removeprefix("torch."),
+                "labels": model.labels.source,
                 "class": list(job.method.classes) if class_requests(model, job.method) else [],
                 "save": [kind.value for kind in job.pictures.kinds],
             },
@@ -343,6 +356,30 @@ def versions() -> dict[str, str]:
         "timm": timm.__version__,
         "torch": torch.__version__,
     }
+
+
+def _up_to_obstacle(
+    results: Generator[Result, None, None],
+) -> Generator[Result, None, None]:
+    """Pass results on until one meets what the others would meet too; it alone tells of that."""
+    for result in results:
+        stop: BaseException | None = OutputError(result.obstacle) if result.obstacle else None
+        try:
+            yield result
+        except (KeyboardInterrupt, SystemExit) as interruption:
+            stop = interruption
+        if stop:
+            rest = stop_with(results, stop)
+            yield from (each for each in rest if each.outputs or not each.obstacle)
+
+
+def _file_at(path: Path) -> tuple[int, int] | None:
+    """Return what all names of one file have in common: links, and cases where those are one."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _failed(source: Source, error: VitvizError | MemoryError) -> Result:
@@ -374,6 +411,7 @@ def _explained(
             samples = [item for item in batch if isinstance(item, ImageSample)]
             results = [item for item in batch if isinstance(item, Result)]
             yield from zip(numbers, results or runner.explain(samples), strict=True)
+        runner.tell_of_flat_maps()
 
     return in_order(numbered())
 
@@ -391,6 +429,8 @@ class _Runner:
         self._job = job
         self._size = size
         self._warn = warn
+        self._flat_maps = 0
+        self._first_flat: Path | None = None
 
     def explain(self, samples: list[ImageSample]) -> Iterator[_Explained | Result]:
         """Explain samples; where memory is short, in halves, and only a single one fails."""
@@ -410,12 +450,35 @@ class _Runner:
                     f"{self._size} (--batch-size {self._size} says so from the start)"
                 )
 
+    def tell_of_flat_maps(self) -> None:
+        """Say once how many maps are without heat, since they look like a cold image."""
+        if self._flat_maps:
+            cause = (
+                "no attention speaks for the class"
+                if self._job.method.method is Method.GRAD_ROLLOUT
+                else "attention is the same everywhere"
+            )
+            self._warn(
+                f"maps without any heat: {self._flat_maps}, the first of {self._first_flat}: all "
+                f"patches count alike, for {cause}"
+            )
+
     def _explain_at_once(self, samples: list[ImageSample]) -> list[_Explained | Result]:
         maps = explain_batch(self._model, _to_tensor(self._model, samples), self._job.method)
-        return [
+        explained = [
             _explanations(self._model, sample, maps, row, self._job)
             for row, sample in enumerate(samples)
         ]
+        for item in explained:
+            if isinstance(item, _Explained):
+                self._count_flat(item)
+        return explained
+
+    def _count_flat(self, item: _Explained) -> None:
+        flat = sum(not normalize(explanation.relevance).any() for explanation in item.maps)
+        if flat and self._first_flat is None:
+            self._first_flat = item.sample.source.path
+        self._flat_maps += flat
 
 
 def _to_tensor(model: Model, samples: list[ImageSample]) -> Tensor:
@@ -438,8 +501,10 @@ def _explanations(
         cause = (
             "the pooling attention sums to 0: no token speaks for this class"
             if model.layout.tail and logits.isfinite().all()
-            else "attention or gradients overflow"
+            else "attention or gradients overflow, or a token is masked from all others"
         )
+        if model.dtype is torch.float16:
+            cause += "; fp16 ends at 65504, --precision bf16 or fp32 do not"
         return _failed(sample.source, ImageError(f"gives numbers that are not finite: {cause}"))
     scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=0)
     predictions = tuple(

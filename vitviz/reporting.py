@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -21,10 +22,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from vitviz.errors import printable
+from vitviz.errors import OutputError, printable
 from vitviz.pipeline import Result
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "discard"]
 
 
 class Reporter:
@@ -43,6 +44,7 @@ class Reporter:
         self._end = b"\0" if nul else b"\n"
         self._errors = Console(stderr=True, highlight=False)
         self._counts: Counter[str] = Counter()
+        self._total = 0
         self._start = time.perf_counter()
 
     def say(self, text: str, style: str = "") -> None:
@@ -51,32 +53,44 @@ class Reporter:
             self._errors.print(Text(printable(text), style), soft_wrap=True)
 
     def show(self, results: Iterable[Result], total: int, run: dict[str, Any]) -> None:
-        """Show each result as it comes, under a progress bar where there is a terminal.
+        """Show each result as it comes, under a progress bar where there is a terminal; sum up.
 
         Args:
             results: From the pipeline.
             total: How many there will be.
             run: What is the same for all records.
-        """
-        self._start = time.perf_counter()
-        for result in self._progress(results, total):
-            self._counts[result.status] += 1
-            if result.error:
-                text = f"failed: {result.source.path} {result.error}"
-                self._errors.print(Text(printable(text), "red"), soft_wrap=True)
-            if self._as_json:
-                self._write(json.dumps(_record(result, run)), b"\n")
-            elif result.status != "skipped":
-                for output in result.outputs:
-                    self._write(os.fspath(output.path), self._end)
 
-    def summarize(self) -> None:
+        Raises:
+            OutputError: Results cannot be told, as into a file on a full disk.
+        """
+        self._start, self._total = time.perf_counter(), total
+        try:
+            with closing(self._progress(results, total)) as shown:
+                for result in shown:
+                    self._show(result, run)
+        finally:
+            self._summarize()
+
+    def _show(self, result: Result, run: dict[str, Any]) -> None:
+        self._counts[result.status] += 1
+        if result.error:
+            text = f"failed: {result.source.path} {result.error}"
+            self._errors.print(Text(printable(text), "red"), soft_wrap=True)
+        if self._as_json:
+            self._write(json.dumps(_record(result, run)), b"\n")
+        elif result.status != "skipped":
+            for output in result.outputs:
+                self._write(os.fspath(output.path), self._end)
+
+    def _summarize(self) -> None:
         """Say how many images there were and how fast they went, if there were any."""
         if not self._counts:
             return
         seconds = time.perf_counter() - self._start
         done = self._counts["written"]
         parts = [f"{self._counts[status]} {status}" for status in ("written", "skipped", "failed")]
+        if left := self._total - self._counts.total():
+            parts.append(f"{left} not done")
         rate = f", {done / seconds:.1f} images/s" if done and seconds else ""
         self.say(f"{', '.join(parts)} in {seconds:.1f} s{rate}")
 
@@ -91,15 +105,23 @@ class Reporter:
 
     def _write(self, text: str, end: bytes) -> None:
         """Write a result to stdout: byte for byte for programs, readable for people."""
+        if sys.stdout is None:  # closed before we came
+            return
         if not sys.stdout.isatty():
-            sys.stdout.buffer.write(os.fsencode(text) + end)
-            sys.stdout.buffer.flush()
+            try:
+                sys.stdout.buffer.write(os.fsencode(text) + end)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                discard(sys.stdout)
+                raise OutputError(f"results cannot be told on stdout: {error.strerror}") from error
         elif self._shows_progress:  # one terminal for both: the line goes above the bar
             self._errors.print(Text(printable(text)), soft_wrap=True)
         else:
             print(printable(text), flush=True)
 
-    def _progress(self, results: Iterable[Result], total: int) -> Iterator[Result]:
+    def _progress(self, results: Iterable[Result], total: int) -> Generator[Result, None, None]:
         if not self._shows_progress:
             yield from results
             return
@@ -117,6 +139,13 @@ class Reporter:
                 done = sum(self._counts.values())
                 rate = done / (time.perf_counter() - self._start)
                 progress.update(task, completed=done, rate=f"{rate:.1f} images/s")
+
+
+def discard(stream: TextIO) -> None:
+    """Send what a stream still holds nowhere, so that leaving does not fail over it."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)
 
 
 def _record(result: Result, run: dict[str, Any]) -> dict[str, Any]:

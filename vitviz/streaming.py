@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["group", "in_order", "map_ahead", "worker_threads"]
+__all__ = ["group", "in_order", "map_ahead", "stop_with", "worker_threads"]
 
 _Before = TypeVar("_Before")
 _After = TypeVar("_After")
@@ -41,23 +41,40 @@ def map_ahead(
     depth: int,
     *,
     drain: bool = False,
-) -> Iterator[_After]:
+) -> Generator[_After, None, None]:
     """Map in threads, in order, at most ``depth`` items ahead of the one asked for.
 
-    With ``drain``, what is done or under way when the user interrupts is yielded all the same.
+    With ``drain``, what is done or under way when an error comes, by the items or by ``throw``, is
+    yielded before the error is raised.
     """
     futures: deque[Future[_After]] = deque()
+
+    def first() -> _After:
+        result = futures[0].result()  # an interruption while it waits leaves it to be drained
+        del futures[0]
+        return result
+
     try:
         for item in items:
             futures.append(pool.submit(function, item))
             if len(futures) > depth:
-                yield futures.popleft().result()
-    except (KeyboardInterrupt, SystemExit):
-        if drain:
-            yield from (future.result() for future in futures if not future.cancel())
+                yield first()
+        while futures:
+            yield first()
+    except GeneratorExit:  # nobody listens any more
         raise
-    while futures:
-        yield futures.popleft().result()
+    except BaseException:
+        begun = [future for future in futures if not future.cancel()] if drain else []
+        yield from (future.result() for future in begun if not future.exception())
+        raise
+
+
+def stop_with(
+    stream: Generator[_After, None, None], error: BaseException
+) -> Generator[_After, None, None]:
+    """Stop a stream with an error, which is raised after what the stream still yields."""
+    yield stream.throw(error)
+    yield from stream
 
 
 def group(

@@ -1,0 +1,144 @@
+"""Processes of the command line that start at once: children of one that has imported all of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from fixtures_io import ROOT, Run
+
+_ROOMS = ("cli", "pipeline", "reporting", "models", "building", "images", "outputs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child:
+    """A running command, whose streams are files."""
+
+    nursery: Nursery
+    pid: int
+    out: Path
+    err: Path
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.err.read_text()
+            time.sleep(0.002)
+
+    def wait_for_output(self) -> None:
+        self.wait_until(lambda: self.out.stat().st_size)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> Run:
+        code = self.nursery.ask(wait=self.pid)
+        return Run(
+            code=code, out=self.out.read_bytes(), err=self.err.read_text(errors="backslashreplace")
+        )
+
+
+class Nursery:
+    """Starts commands without the seconds that importing torch takes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = count()
+
+    def __enter__(self) -> Nursery:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate(timeout=60)
+
+    def ask(self, **order: object) -> int:
+        _stream(self._process.stdin).write(json.dumps(order).encode() + b"\n")
+        _stream(self._process.stdin).flush()
+        return int(_stream(self._process.stdout).readline())
+
+    def start(
+        self, *arguments: str | os.PathLike[str], cwd: Path, prelude: str = "", out: str = ""
+    ) -> Child:
+        """Start a command.
+
+        Args:
+            arguments: Of the command line.
+            cwd: Where it runs.
+            prelude: Python that it executes first, to slow something down.
+            out: Where its stdout goes; empty: to a new file.
+        """
+        number = next(self._numbers)
+        streams = [self._folder / f"{number}.{name}" for name in ("out", "err")]
+        words = list(map(os.fspath, arguments))
+        pid = self.ask(
+            arguments=words,
+            cwd=str(cwd),
+            prelude=prelude,
+            out=out or str(streams[0]),
+            err=str(streams[1]),
+        )
+        child = Child(nursery=self, pid=pid, out=Path(out or streams[0]), err=streams[1])
+        child.wait_until(child.err.exists)
+        return child
+
+    def run(
+        self, *arguments: str | os.PathLike[str], cwd: Path, prelude: str = "", out: str = ""
+    ) -> Run:
+        return self.start(*arguments, cwd=cwd, prelude=prelude, out=out).wait()
+
+
+def _stream(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None
+    return stream
+
+
+def _serve() -> None:
+    for room in _ROOMS:
+        importlib.import_module(f"vitviz.{room}")
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    while line := sys.stdin.buffer.readline():
+        order = json.loads(line)
+        if "wait" in order:
+            answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+        elif not (answer := os.fork()):
+            return _become(order)
+        answers.write(b"%d\n" % answer)
+    return None
+
+
+def _become(order: dict[str, str]) -> None:
+    """Be the command, with streams of its own."""
+    os.chdir(order["cwd"])
+    writing = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, (path, flags) in enumerate(
+        [(os.devnull, os.O_RDONLY), (order["out"], writing), (order["err"], writing)]
+    ):
+        os.dup2(os.open(path, flags, 0o600), number)
+    sys.argv = ["vitviz", *order["arguments"]]
+    exec(order["prelude"], {})
+    from vitviz.__main__ import main
+
+    main()
+
+
+if __name__ == "__main__":
+    _serve()
