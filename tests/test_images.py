@@ -695,7 +695,8 @@ def test_squash_sees_the_whole_image(shape: tuple[int, int]) -> None:
     assert (fitted.height, fitted.width) == (224, 224)
     assert region.pixels(shape) == (slice(0, shape[0]), slice(0, shape[1]))
     expected = image.resize((224, 224), Image.Resampling.BICUBIC)
-    assert np.array_equal(np.asarray(fitted), np.asarray(expected))
+    moved = np.abs(np.asarray(fitted).astype(int) - np.asarray(expected).astype(int))
+    assert moved.max() <= (1 if max(shape) > 6 * 224 else 0)
 
 
 @pytest.mark.parametrize("fit", Fit)

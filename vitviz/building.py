@@ -19,8 +19,10 @@ from torch import nn
 
 from vitviz.errors import ModelError, WeightsError
 from vitviz.weights import (
+    WEIGHT_FILES,
     Checkpoint,
     fetch_from_hub,
+    first_line,
     mismatch,
     read_checkpoint,
     require_answer,
@@ -107,8 +109,18 @@ def build_skeleton(
     """
     if _FACTORY.fullmatch(name):
         return _call_factory(name, _size_arguments(img_size, native))
-    with torch.device("meta"):
-        return _create(_local(name), pretrained=False, **_size_arguments(img_size, native)).eval()
+    local, arguments = _local(name), _size_arguments(img_size, native)
+    try:
+        with torch.device("meta"):
+            return _create(local, pretrained=False, **arguments).eval()
+    except Exception as error:
+        if isinstance(error, ModelError) or not local.startswith("local-dir:"):
+            raise
+        # A config is anybody's text, and timm takes it as it is.
+        raise ModelError(
+            f"{local.removeprefix('local-dir:')}/config.json describes no model that timm can "
+            f"build ({first_line(error)})"
+        ) from error
 
 
 def build_model(
@@ -146,12 +158,20 @@ def build_model(
             multi_label=multi_label,
             notes=tuple(notes),
         )
-    if name.startswith("hf-hub:"):
-        fetch_from_hub(name.removeprefix("hf-hub:"), None)  # into the folder beside the config
-    source = _pretrained_source(config, full_name)
-    module = _create(_local(name), pretrained=True, **source, **arguments)
-    origin = "bundled" if name == "demo" else "pretrained"
-    return Built(module=module, name=full_name, weights=origin, multi_label=multi_label)
+    notes = []
+    if config.get("source") == "local-dir":
+        file = _folder_weights(name, Path(config["file"]))
+        module, notes = _from_file(file, _local(name), skeleton, arguments)
+    else:
+        source = _pretrained_source(config, full_name)
+        module = _create(name, pretrained=True, **source, **arguments)
+    return Built(
+        module=module,
+        name=full_name,
+        weights="bundled" if name == "demo" else "pretrained",
+        multi_label=multi_label,
+        notes=tuple(notes),
+    )
 
 
 def _from_file(
@@ -188,7 +208,7 @@ def _from_file(
 
 def _misfit(path: Path, checkpoint: Checkpoint, expected: nn.Module) -> WeightsError:
     return WeightsError(
-        f"--weights {path} does not fit {_config(expected).get('architecture', 'the model')}: "
+        f"{path} does not fit {_config(expected).get('architecture', 'the model')}: "
         f"{mismatch(checkpoint.tensors, expected)}; name the model that it was trained as with -m"
     )
 
@@ -257,7 +277,7 @@ def _resized(path: Path, tensors: Mapping[str, torch.Tensor], skeleton: nn.Modul
             continue
         if name.endswith("patch_embed.proj.weight") and tensor.shape[2:] != expected[name][2:]:
             raise WeightsError(
-                f"--weights {path} does not fit: {name} is {tuple(tensor.shape)}, expected "
+                f"{path} does not fit: {name} is {tuple(tensor.shape)}, expected "
                 f"{tuple(expected[name])}, another patch size; name the model that they were "
                 "trained as with -m"
             )
@@ -286,9 +306,24 @@ def _size_arguments(img_size: tuple[int, int] | None, native: bool) -> dict[str,
     return {**arguments, "dynamic_img_size": True} if native else arguments
 
 
+def _folder_weights(name: str, folder: Path) -> Path:
+    """Find the weights of a model folder, or download them to its config.
+
+    They are read as the user's own are, since code may be pickled in them as well.
+    """
+    if name.startswith("hf-hub:"):
+        return fetch_from_hub(name.removeprefix("hf-hub:"), None)
+    files = [folder / file for file in WEIGHT_FILES] + sorted(folder.glob("*.safetensors"))
+    if found := next((file for file in files if file.is_file()), None):
+        return found
+    raise WeightsError(
+        f"{folder} has no weights (model.safetensors, say); give a file with --weights FILE"
+    )
+
+
 def _pretrained_source(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Say where timm finds the pretrained weights: a file in the hub's cache where it can be."""
-    if config.get("source") == "local-dir" or config.get("file"):
+    if config.get("file"):
         return {}
     repository = config.get("hf_hub_id")
     if not repository and not config.get("url"):
@@ -310,9 +345,9 @@ def _pretrained_source(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _head_size(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     """Read the number of classes off a checkpoint's head; 0 when it has none."""
     classifier = config.get("classifier") or "head"
-    first = classifier if isinstance(classifier, str) else classifier[0]
+    first = classifier[0] if isinstance(classifier, (list, tuple)) else classifier
     weight = tensors.get(f"{first}.weight")
-    return 0 if weight is None or not weight.dim() else int(weight.shape[0])
+    return 0 if weight is None or not weight.dim() or not weight.numel() else int(weight.shape[0])
 
 
 def _full_name(name: str, config: Mapping[str, Any]) -> str:

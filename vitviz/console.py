@@ -24,6 +24,7 @@ from vitviz.anatomy import (
     PositionEmbedding,
     Tokenization,
 )
+from vitviz.errors import printable
 
 __all__ = ["show_anatomy"]
 
@@ -64,12 +65,13 @@ def show_anatomy(anatomy: Anatomy, console: Console) -> None:
 def _show_title(anatomy: Anatomy, console: Console) -> None:
     channels, height, width = anatomy.input_shape
     macs = f"{_short(anatomy.macs)} MACs" if anatomy.macs is not None else f"MACs {_UNKNOWN}"
-    title = Text.assemble((anatomy.name, "bold"), (f"  {anatomy.architecture}", "dim"))
+    title = Text.assemble((printable(anatomy.name), "bold"), (f"  {anatomy.architecture}", "dim"))
     console.print(title, soft_wrap=True)
     facts = f"{_short(anatomy.parameters)} parameters · {macs} · "
     console.print(Text(facts + f"image ({channels}, {height}, {width}) → {_output(anatomy)}"))
     if anatomy.error:
-        console.print(Text(f"The model does not run to its end: {anatomy.error}", style="yellow"))
+        error = printable(anatomy.error)
+        console.print(Text(f"The model does not run to its end: {error}", style="yellow"))
     note = "MACs: multiply–accumulates for one image, the products QKᵀ and AV included."
     if anatomy.unused_parameters:
         note += f" {_short(anatomy.unused_parameters)} parameters take no part in a forward pass."

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vitviz.errors import printable
 from vitviz.images import ImageSample
 from vitviz.options import Kind, Method, PictureOptions
 from vitviz.render import color_heat, overlay, panel, place_heat
@@ -85,7 +86,7 @@ class Explanation:
         """What the map shows, in one line."""
         if self.class_index is None:
             return str(self.method)
-        name = self.class_label or f"class {self.class_index}"
+        name = printable(self.class_label or f"class {self.class_index}")
         return f"{self.method}: {name} ({self.class_score:.0%})"
 
     def _repr_png_(self) -> bytes:

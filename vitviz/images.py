@@ -8,7 +8,9 @@ import io
 import math
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,14 @@ SUFFIXES = frozenset(
 """Endings that make a file in a folder an image; a file named by itself may have any."""
 
 _SPARE = 4  # times the side that the model sees: decoded to less, its pixels would change visibly
+_GAP = 3.0  # images six times too large are halved first: it moves photographs by 1/255
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 _RESIZED_PIXELS = 1 << 25  # up to here, a crop resizes the whole image first, as timm does
+_STRIP_PIXELS = 1 << 21  # so much of an image is brought to RGB at once, in small memory
+_LARGE_PIXELS = 1 << 25  # from here on, images are decoded one at a time, not one in each thread
+_FILE_BYTES = 1 << 30  # more than the largest picture that is not refused would fill
+_ALONE = threading.RLock()  # held by the thread that has a large image in memory
+_UNSAFE = {"EPS": "would run a program", "FITS": "may unpack to any size"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +113,8 @@ class Frame:
         if self.fit is Fit.CROP:
             fitted, region = self._crop(image, rows, cols)
             return fitted, self._in_patches(region)
-        return image.resize((cols, rows), self.resample), self._in_patches(Region())
+        fitted = image.resize((cols, rows), self.resample, reducing_gap=_GAP)
+        return fitted, self._in_patches(Region())
 
     def resized(self, image: tuple[int, int]) -> tuple[int, int]:
         """Return the (height, width) to which a whole image (height, width) is brought."""
@@ -228,12 +237,16 @@ def read_file(source: Source) -> ImageFile:
     """Read an image file, without decoding it.
 
     Raises:
-        ImageError: It cannot be read, is empty, or is no regular file.
+        ImageError: It cannot be read, is empty, too large, or no regular file.
     """
     try:
-        if not stat.S_ISREG(source.path.stat().st_mode):  # a pipe would make us wait for ever
+        status = source.path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would make us wait for ever
             raise ImageError("is not a regular file")
-        content = source.path.read_bytes()
+        if status.st_size > _FILE_BYTES:
+            raise ImageError(f"has {status.st_size:,} bytes; expected at most {_FILE_BYTES:,}")
+        # A file of no bytes may be one of the kernel's, which can make us wait, too.
+        content = source.path.read_bytes() if status.st_size else b""
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -260,11 +273,12 @@ def load_sample(file: ImageFile, frame: Frame, max_size: int) -> ImageSample:
     def large(size: tuple[int, int]) -> tuple[int, int]:
         return _picture_size(size, max_size)
 
-    image, original = _decode(file.content, enough)
-    size = _picture_size(original, max_size)
-    suffices = image.height >= size[0] and image.width >= size[1]
-    picture = image if suffices else _decode(file.content, large)[0]
-    return _sample(file.source, file.digest, image, frame, _scaled(picture, size))
+    with ExitStack() as room:
+        image, original = _decode(file.content, enough, room)
+        size = _picture_size(original, max_size)
+        suffices = image.height >= size[0] and image.width >= size[1]
+        picture = image if suffices else _decode(file.content, large, room)[0]
+        return _sample(file.source, file.digest, image, frame, _scaled(picture, size))
 
 
 def sample_of(
@@ -387,20 +401,25 @@ def _key(path: Path, root: Path) -> str:
 
 
 def _decode(
-    content: bytes, enough: Callable[[tuple[int, int]], tuple[int, int]]
+    content: bytes, enough: Callable[[tuple[int, int]], tuple[int, int]], room: ExitStack
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decode an image, upright and RGB.
 
     Args:
         content: Of its file.
         enough: Of the image's (height, width), tells how many pixels it needs to be decoded at.
+        room: Closed when the image is no longer needed; until then no other large one is decoded.
 
     Returns:
         The image, and its (height, width) in the file.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if image.format in _UNSAFE:
+                raise ImageError(f"is {image.format}, which {_UNSAFE[image.format]}: refused")
             original = _reduce(image, enough)
+            if image.width * image.height > _LARGE_PIXELS:
+                room.enter_context(_ALONE)
             ImageOps.exif_transpose(image, in_place=True)
             upright = _to_rgb(image)
             return upright, original or (upright.height, upright.width)
@@ -408,8 +427,11 @@ def _decode(
         raise ImageError(f"is refused, for it may be a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError("is no image that Pillow can read") from error
+    except (ImageError, MemoryError):
+        raise
     except Exception as error:  # damaged files make decoders raise almost anything
-        raise ImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"cannot be decoded: {reason}") from error
 
 
 def _reduce(
@@ -427,28 +449,51 @@ def _reduce(
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Bring any mode to RGB: 16 bits scaled down, transparency laid over white."""
-    if image.mode == "RGB" and not image.has_transparency_data:
-        image.load()
-        return image
+    image.load()
     if image.mode.startswith(("I", "F")):
-        return _from_wide_range(image).convert("RGB")
+        scale = _wide_scale(image)
+        return _in_strips(lambda strip: _from_wide_range(strip, scale), image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        return _in_strips(_over_white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_wide_range(image: Image.Image) -> Image.Image:
-    """Scale integers of more than 8 bits by 16 bits' range, floats up to 1 by that."""
-    values = np.asarray(image).astype(np.float64)
-    values = np.nan_to_num(values)
-    highest = values.max(initial=0)
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the first row of each strip of an image, and the strip."""
+    rows = max(_STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_strips(convert: Callable[[Image.Image], Image.Image], image: Image.Image) -> Image.Image:
+    """Convert an image to RGB strip by strip: on the way, pixels take many times their memory."""
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        rgb.paste(convert(strip), (0, top))
+    return rgb
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _wide_scale(image: Image.Image) -> float:
+    """Choose what brings wide values to 0 … 255: floats up to 1 by that, integers by 16 bits'."""
+    highest = max(_finite(strip).max(initial=0) for _, strip in _strips(image))
     if image.mode == "F":
-        values *= 255 if highest <= 1 else 1
-    elif highest > 255 or image.mode.startswith("I;16"):
-        values /= 257
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+        return 255 if highest <= 1 else 1
+    return 1 / 257 if highest > 255 or image.mode.startswith("I;16") else 1
+
+
+def _from_wide_range(image: Image.Image, scale: float) -> Image.Image:
+    values = np.clip(_finite(image), 0, 255 / scale) * scale  # this way round nothing overflows
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+
+
+def _finite(image: Image.Image) -> NDArray[np.float32]:
+    return np.nan_to_num(np.asarray(image).astype(np.float32), copy=False)
 
 
 def _sample(
@@ -474,7 +519,7 @@ def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale an image down to (height, width)."""
     if size == (image.height, image.width):
         return image
-    return image.resize((size[1], size[0]), Image.Resampling.HAMMING, reducing_gap=2.0)
+    return image.resize((size[1], size[0]), Image.Resampling.HAMMING, reducing_gap=_GAP)
 
 
 def _span(start: float, stop: float, length: int) -> slice:

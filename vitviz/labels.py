@@ -35,7 +35,8 @@ class Labels:
     @cached_property
     def digest(self) -> str:
         """Digest of all names, to tell whether labels have changed."""
-        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
+        text = "\n".join(self.names).encode(errors="surrogatepass")  # JSON can name half characters
+        return hashlib.sha256(text).hexdigest()[:16]
 
     def __getitem__(self, class_index: int) -> str | None:
         """Return the full description of a class, None when it has no name."""
@@ -134,7 +135,7 @@ def _label_names(text: str, path: Path) -> list[str]:
         return text.splitlines()
     try:
         parsed = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise LabelError(f"--labels {path} looks like JSON, but is not: {error}") from error
     names = parsed if isinstance(parsed, list) else parsed.values()
     if odd := next((name for name in names if not isinstance(name, (str, int, float))), None):

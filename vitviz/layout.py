@@ -289,6 +289,11 @@ def check_readout(module: nn.Module, layout: TokenLayout, input_size: tuple[int,
             f"{type(module).__name__} does something to its tokens between its blocks, which "
             f"attention maps do not show; {_INSTEAD}"
         )
+    if not output.isfinite().all():
+        raise UnsupportedModelError(
+            f"{type(module).__name__} gives numbers that are not finite as {output.dtype}, even "
+            "without its blocks: its weights are too large; --precision fp32 has the widest range"
+        )
     reached = gradient[0].abs().amax(dim=-1).cpu() > 0
     if not torch.equal(reached, expected):
         raise UnsupportedModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +11,11 @@ from typing import Any
 
 import timm.data
 import torch
+from PIL import Image
 from torch import nn
 
 from vitviz.building import Built, build_model, build_skeleton, resolve_name
-from vitviz.errors import DeviceError, OptionError
+from vitviz.errors import DeviceError, ModelError, OptionError
 from vitviz.labels import Labels, read_labels
 from vitviz.layout import (
     TokenLayout,
@@ -24,7 +26,7 @@ from vitviz.layout import (
     read_layout,
 )
 from vitviz.options import Fit, Precision
-from vitviz.weights import digest_weights
+from vitviz.weights import digest_weights, require_finite
 
 __all__ = [
     "Model",
@@ -57,12 +59,28 @@ class Preprocessing:
     """
 
     size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: str
     crop_pct: float
     patch: tuple[int, int]
     dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what came from a config.
+
+        Raises:
+            ModelError: Pixels cannot be brought to that.
+        """
+        channels = len(self.mean) == len(self.std) == 3
+        finite = all(map(math.isfinite, (*self.mean, *self.std, self.crop_pct)))
+        known = self.interpolation.upper() in Image.Resampling.__members__
+        if not (channels and finite and known and all(self.std) and self.crop_pct > 0):
+            raise ModelError(
+                f"the model's config has mean {self.mean}, std {self.std}, crop_pct "
+                f"{self.crop_pct:g}, interpolation {self.interpolation!r}; expected numbers for "
+                "three channels, std not 0, and one of Pillow's filters"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,6 +173,7 @@ def load_model(
         module = built.module.to(target).eval()
     if precision is not None:
         module = module.to(_DTYPES[Precision(precision)])
+    require_finite(module, f"weights of {built.name} ({built.weights})")
     preprocessing = preprocessing_of(module, img_size)
     check_mixing(module, preprocessing.size)
     check_readout(module, layout, preprocessing.size)
@@ -182,12 +201,19 @@ def preprocessing_of(module: nn.Module, img_size: tuple[int, int] | None = None)
     embed = patch_embedding(module)
     # What the model was built for has the last word: a config may speak of its ancestor.
     size = img_size or getattr(embed, "img_size", None) or tuple(config["input_size"][1:])
+    try:
+        mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
+        crop_pct = float(config["crop_pct"])
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"the model's config has no numbers where some are due: {error}"
+        ) from error
     return Preprocessing(
         size=(int(size[0]), int(size[1])),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=float(config["crop_pct"]),
+        mean=mean,
+        std=std,
+        interpolation=str(config["interpolation"]),
+        crop_pct=crop_pct,
         patch=patch_size(module),
         dynamic=bool(getattr(module, "dynamic_img_size", False)),
     )
@@ -241,10 +267,10 @@ def _labels(module: nn.Module, num_classes: int, path: Path | None) -> Labels:
     if path is not None:
         return read_labels(path, num_classes)
     config: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
-    names = tuple(config.get("label_names") or ())
-    if names and len(names) == num_classes:
-        described = config.get("label_descriptions") or {}
-        texts = tuple(str(described.get(name, name)) for name in names)
+    names, described = config.get("label_names"), config.get("label_descriptions")
+    if isinstance(names, (list, tuple)) and names and len(names) == num_classes:
+        described = described if isinstance(described, dict) else {}
+        texts = tuple(str(described.get(str(name), name)) for name in names)
         return Labels(names=texts, source="the model's config")
     subset = timm.data.infer_imagenet_subset(module) if num_classes else None
     if not subset:

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +27,26 @@ from torch import Tensor, nn
 from vitviz.errors import WeightsError
 
 __all__ = [
+    "WEIGHT_FILES",
     "Checkpoint",
     "digest_weights",
     "fetch_from_hub",
+    "first_line",
     "mismatch",
     "read_checkpoint",
     "require_answer",
+    "require_finite",
 ]
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+"""What weights are called in model folders, the safest first."""
 
 _HUB_SECONDS = 4  # how long the hub may take to say that it is there
 _EMA_KEYS = ("state_dict_ema", "model_ema")
 _STATE_KEYS = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("_orig_mod.", "module.", "model.")
+_MOST_WRAPPINGS = 8
+_MOST_EXPANSION = 16  # times its file that a checkpoint may fill; torch itself compresses nothing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +78,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }
     if not tensors:
-        raise WeightsError(f"--weights {path} holds no tensors; expected a model's state dict")
+        raise WeightsError(f"{path} holds no tensors; expected a model's state dict")
+    _check_tensors(path, tensors)
     return Checkpoint(tensors=_strip_prefixes(tensors), is_ema=is_ema)
 
 
@@ -97,7 +107,7 @@ def fetch_from_hub(repository: str, filename: str | None) -> Path:
         url = huggingface_hub.hf_hub_url(repo_id, names[0], **where)
     except huggingface_hub.errors.HFValidationError as error:
         raise WeightsError(
-            f"{repository!r} is no name on the hub ({_first_line(error)}); expected owner/name"
+            f"{repository!r} is no name on the hub ({first_line(error)}); expected owner/name"
         ) from error
     require_answer(url, repository)
     for name in names:
@@ -107,10 +117,16 @@ def fetch_from_hub(repository: str, filename: str | None) -> Path:
             continue
         except (huggingface_hub.errors.HfHubHTTPError, OSError) as error:
             raise WeightsError(
-                f"{repository} could not be downloaded ({_first_line(error)}); "
+                f"{repository} could not be downloaded ({first_line(error)}); "
                 "try again, or give your own file with --weights FILE"
             ) from error
     raise WeightsError(f"{repository} has none of {', '.join(names)}; use --weights FILE")
+
+
+def first_line(error: object) -> str:
+    """Return the first line of what an error says, or its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def require_answer(url: str, wanted: str) -> None:
@@ -162,6 +178,27 @@ def mismatch(tensors: Mapping[str, Tensor], module: nn.Module) -> str:
     return ", ".join(parts) or "the tensors do not fit"
 
 
+def require_finite(module: nn.Module, origin: str) -> None:
+    """Make sure that a model's parameters are finite: of others, no map can come.
+
+    Buffers may be infinite, as bounds that nothing reaches are.
+
+    Args:
+        module: The model.
+        origin: What to call its weights.
+
+    Raises:
+        WeightsError: A parameter has NaN or infinite entries.
+    """
+    for name, tensor in module.named_parameters():
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.detach().aminmax()):
+            half = tensor.dtype is torch.float16
+            raise WeightsError(
+                f"{origin}: {name} has NaN or infinite entries"
+                + (" as fp16; use --precision bf16 or fp32" if half else "; no map can come of it")
+            )
+
+
 def digest_weights(module: nn.Module) -> str:
     """Return the SHA-256 of all parameters and persistent buffers, names and shapes included."""
     digest = hashlib.sha256()
@@ -178,12 +215,15 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"--weights {path} is no readable safetensors file: {error}") from error
+    except Exception as error:  # a header may promise anything
+        raise WeightsError(
+            f"{path} is no readable safetensors file: {first_line(error)}"
+        ) from error
     return tensors
 
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
+    _refuse_bomb(path)
     try:
         # timm's training script stores its arguments as a Namespace, which is data alone.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -191,28 +231,66 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"--weights {path} is no plain torch checkpoint: it is damaged, or holds Python "
+            f"{path} is no plain torch checkpoint: it is damaged, or holds Python "
             "objects beside tensors, which are never loaded since loading them can run code; "
             "save model.state_dict() alone, as .safetensors best of all"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged pickles make their reader raise almost anything
         raise WeightsError(
-            f"--weights {path} is no readable torch checkpoint ({_first_line(error)})"
+            f"{path} is no readable torch checkpoint ({first_line(error)})"
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(
-            f"--weights {path} holds a {type(content).__name__}; expected a model's state dict"
+            f"{path} holds a {type(content).__name__}; expected a model's state dict"
         )
     return content
 
 
+def _refuse_bomb(path: Path) -> None:
+    """Refuse an archive that unpacks to many times its size, before anything is unpacked.
+
+    Raises:
+        WeightsError: It does, or its directory cannot be read.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise WeightsError(f"{path} is a damaged archive ({first_line(error)})") from error
+    _check_size(path, unpacked)
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are no plain numbers, and those whose shape promises more than is there.
+
+    Raises:
+        WeightsError: One of them is such a tensor.
+    """
+    for name, tensor in tensors.items():
+        plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not plain or tensor.is_complex():
+            kind = "without data" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
+            raise WeightsError(f"{path}: {name} is {kind}; expected a dense tensor of real numbers")
+    _check_size(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+
+
+def _check_size(path: Path, size: int) -> None:
+    held = path.stat().st_size
+    if size > _MOST_EXPANSION * held:
+        raise WeightsError(f"{path} has {held:,} bytes and would fill {size:,}: refused")
+
+
 def _unwrap(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    for key in (*_EMA_KEYS, *_STATE_KEYS):
-        inner = content.get(key)
-        if isinstance(inner, Mapping) and inner:
-            unwrapped, is_ema = _unwrap(inner)
-            return unwrapped, is_ema or key in _EMA_KEYS
-    return content, False
+    is_ema = False
+    for _ in range(_MOST_WRAPPINGS):  # a mapping may hold itself
+        inner = ((key, content.get(key)) for key in (*_EMA_KEYS, *_STATE_KEYS))
+        found = next(((k, v) for k, v in inner if isinstance(v, Mapping) and v), None)
+        if found is None:
+            break
+        is_ema, content = is_ema or found[0] in _EMA_KEYS, found[1]
+    return content, is_ema
 
 
 def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -240,9 +318,4 @@ def _ask(url: str, failures: list[str]) -> None:
     except urllib.error.HTTPError:
         pass  # an answer, whatever it says
     except (OSError, ValueError, http.client.HTTPException) as error:
-        failures.append(_first_line(getattr(error, "reason", error)))
-
-
-def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        failures.append(first_line(getattr(error, "reason", error)))
