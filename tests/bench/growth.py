@@ -101,12 +101,13 @@ def _images(setting: Setting, counts: Sequence[int]) -> list[dict[str, float]]:
 
 
 def _draw_maps(axes: Any, points: Sequence[Mapping[str, Any]], across: str) -> None:
-    """Draw rollout above the plain forward, each named where its line ends."""
+    """Draw rollout and the plain forward, each named where its line ends."""
     where = [point[across] for point in points]
-    for side, color, align in (("rollout", _HEAT, "bottom"), ("forward", _PALE, "top")):
-        heights = [point["ms_per_image"][side] for point in points]
-        axes.plot(where, heights, "o-", color=color)
-        axes.annotate(f" {side}", (where[-1], heights[-1]), va=align, color=color, fontsize=9)
+    ends = points[-1]["ms_per_image"]
+    for side, color in (("rollout", _HEAT), ("forward", _PALE)):
+        axes.plot(where, [point["ms_per_image"][side] for point in points], "o-", color=color)
+        align = "bottom" if ends[side] == max(ends.values()) else "top"
+        axes.annotate(f" {side}", (where[-1], ends[side]), va=align, color=color, fontsize=9)
 
 
 def _draw_images(axes: Any, points: Sequence[Mapping[str, float]]) -> None:
