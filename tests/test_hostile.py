@@ -125,6 +125,17 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
 
 ZEROS = zlib.compress(bytes(1 << 26), 1)  # 64 MiB in a third of one
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 20\n%%EndComments\nshowpage\n%%EOF\n"
+FITS = b"".join(
+    f"{key:8}= {value:>20}".encode().ljust(80)
+    for key, value in {
+        "SIMPLE": "T",
+        "BITPIX": "8",
+        "NAXIS": "2",
+        "NAXIS1": "3",
+        "NAXIS2": "2",
+    }.items()
+)
+FITS = (FITS + b"END").ljust(2880) + bytes(2880)
 BAD: dict[str, bytes] = {
     **{f"empty{number}{kind[2]}": b"" for number, kind in enumerate(KINDS)},
     **{f"text{number}{kind[2]}": b"no image at all\n" * 9 for number, kind in enumerate(KINDS)},
@@ -133,6 +144,7 @@ BAD: dict[str, bytes] = {
     "script.png": b"#!/bin/sh\ntouch mark\n",
     "vector.png": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
     "program.jpg": EPS,
+    "stars.png": FITS,
     "bomb.png": png(65_000, 65_000, chunk(b"IDAT", ZEROS)),
     "negative.png": png(0x80000001, 1),
     "no-pixels.png": png(0, 10),
@@ -329,6 +341,7 @@ def test_every_picture_that_was_written_opens(aftermath: Aftermath) -> None:
         ("bad/empty0.jpg", "is empty"),
         ("bad/text0.jpg", "is no image"),
         ("bad/program.jpg", "would run a program"),
+        ("bad/stars.png", "may unpack to any size"),
         ("odd/pipe.png", "not a regular file"),
         ("odd/socket.png", "not a regular file"),
         ("odd/zero.png", "not a regular file"),

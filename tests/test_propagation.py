@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,13 @@ def test_only_rows_that_are_read_are_computed_in_the_last_block() -> None:
     readout = torch.eye(9)[2:4].mean(dim=0)
     attention_rollout([record, record], [noted, noted], readout, discard=0)
     assert asked == [slice(2, 4), slice(0, 9)]
+
+
+def test_nearest_ratio_to_1_keeps_an_entry() -> None:
+    fused = drawn(2, 5, 5)
+    highest = fused.flatten(1).amax(dim=1)
+    propagation._discard_lowest(fused, math.nextafter(1, 0))
+    assert torch.equal(fused.flatten(1).sum(dim=1), highest)
 
 
 ENTRIES = {

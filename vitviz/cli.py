@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -341,6 +342,7 @@ def _explain(run: RunOptions, **method: Any) -> None:
     )
     for note in model.notes:
         reporter.say(note, "yellow")
+    warnings.filterwarnings("ignore", module="PIL")  # of odd images: what matters is in a result
     with _until_reader_leaves(), _Interruption() as interruption:
         try:
             warn = partial(reporter.say, style="yellow")

@@ -130,7 +130,7 @@ def read_provenance(path: Path) -> Provenance | None:
     """Read what made a file; None when vitviz did not make it or it is damaged."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _FILE_BYTES:
+        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= _FILE_BYTES:
             return None
         text = _npy_text(path) if path.suffix == ".npy" else _png_text(path)
         fields = json.loads(text)

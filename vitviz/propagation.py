@@ -165,7 +165,8 @@ def _discard_lowest(fused: Tensor, ratio: float) -> None:
     """
     entries = fused.flatten(1)
     # The product is rounded first: 0.29 · 100 is 28.999… in floating point, and means 29.
-    count = math.floor(round(ratio * entries.shape[1], 6))
+    # Nor does rounding discard everything: a ratio is below 1.
+    count = min(math.floor(round(ratio * entries.shape[1], 6)), entries.shape[1] - 1)
     if not count:
         return
     zero = _zero_by_selection if fused.device.type == "cpu" else _zero_by_topk
