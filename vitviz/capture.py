@@ -170,11 +170,10 @@ class AttentionCapture:
         """Start recording."""
         modules = list(self._module.modules())
         with ExitStack() as stack:
-            for name, value in (("training", False), ("fused_attn", True)):
-                stack.enter_context(_switched(modules, name, value))
+            stack.enter_context(_switched(modules, "training", False))
+            stack.enter_context(_switched(modules, "fused_attn", True))
             stack.enter_context(_switched(modules, "grad_checkpointing", False))
-            parameters = list(self._module.parameters())
-            stack.enter_context(_switched(parameters, "requires_grad", False))
+            stack.enter_context(_switched(self._module.parameters(), "requires_grad", False))
             for dropout in _own_attention(modules):
                 stack.callback(dropout.register_forward_hook(self._record_given).remove)
             stack.enter_context(self.recording())

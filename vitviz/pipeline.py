@@ -130,7 +130,7 @@ def run(
     requests = tuple(request.key for request in class_requests(model, job.method)) or (None,)
     ledger = _Ledger(model=model, job=job, requests=requests, frame=frame_of(model, job.fit))
     ledger.refuse_overwriting(sources)
-    sweep({job.output, *((job.output / source.key).parent for source in sources)})
+    sweep({job.output, *(path.parent for each in sources for path, _, _ in ledger.files(each))})
     with worker_threads(job.workers) as pool:
         depth = _ahead(job, model)
         prepared = map_ahead(pool, ledger.prepare, sources, depth)
