@@ -19,9 +19,10 @@ import vitviz
 from fixtures_io import CLASSES, picture, save_pictures, tiny_model, tiny_module
 from vitviz.errors import ImageError, UnsupportedModelError, WeightsError
 from vitviz.images import find_sources
+from vitviz.ledger import Result
 from vitviz.models import Model, load_model
 from vitviz.options import Job, Kind, Method, MethodOptions, PictureOptions
-from vitviz.pipeline import Result, run
+from vitviz.pipeline import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

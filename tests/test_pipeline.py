@@ -17,9 +17,10 @@ from fixtures_io import picture, save_pictures, tiny_model, tiny_module
 from vitviz import pipeline
 from vitviz.errors import ImageError, LabelError, OptionError, SourceError, VitvizError
 from vitviz.images import Source, find_sources
+from vitviz.ledger import Result, run_record
 from vitviz.models import load_model
 from vitviz.options import Fit, Job, Kind, Method, MethodOptions, PictureOptions
-from vitviz.pipeline import Result, run
+from vitviz.pipeline import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,7 +154,7 @@ def test_half_precision_gives_nearly_the_same_maps(
         assert rough.dtype == np.float32
         assert (whole != rough).any()
         assert np.corrcoef(whole.ravel(), rough.ravel())[0, 1] > closeness
-    recorded = pipeline.run_record(half, Job())["run"]["options"]["dtype"]
+    recorded = run_record(half, Job())["run"]["options"]["dtype"]
     assert recorded == {"fp16": "float16", "bf16": "bfloat16"}[precision]
 
 

@@ -25,7 +25,7 @@ ORDER = (
         "weights",
     ),
     *("building", "models", "support", "images", "render", "explanation", "outputs"),
-    *("lanes", "engine", "pipeline", "api"),
+    *("lanes", "engine", "ledger", "pipeline", "api"),
     *("anatomy", "console", "reporting", "cli", "__main__"),
 )
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -17,7 +17,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
@@ -37,6 +37,11 @@ from vitviz.options import (
 )
 from vitviz.streaming import stop_with
 
+if TYPE_CHECKING:  # these rooms load torch
+    from vitviz.images import Source
+    from vitviz.models import Model
+    from vitviz.reporting import Reporter
+
 __all__ = ["app", "main"]
 
 _MODEL_HELP = (
@@ -45,6 +50,7 @@ _MODEL_HELP = (
 )
 _ECHO = 0.2  # seconds: `timeout` and others send a signal twice, people are slower
 _Result = TypeVar("_Result")
+_Command = Callable[..., None]
 _UsageError: Any = typer.BadParameter.__base__  # click's, wherever this typer keeps click
 
 app = typer.Typer(
@@ -67,9 +73,26 @@ _ImgSizeOption = Annotated[
 ]
 
 
+_DiscardOption = Annotated[
+    float,
+    typer.Option(metavar="R", help="Share of the lowest attention set to 0, in [0, 1)."),
+]
+_StartLayerOption = Annotated[
+    int, typer.Option(metavar="N", help="Leave out the blocks before this one.")
+]
+_ClassOption = Annotated[
+    list[str],
+    typer.Option(
+        "--class",
+        metavar="C",
+        help="An index, a label, top1 or topK; repeatable, one map for each class.",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """The options that all explaining commands share; each field is one option."""
+class SharedOptions:
+    """The options of all commands that work on images; each field is one option."""
 
     sources: Annotated[
         list[str],
@@ -100,15 +123,6 @@ class RunOptions:
         ),
     ] = None
     img_size: _ImgSizeOption = None
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
-    ] = Path("vitviz-out")
-    discard: Annotated[
-        float, typer.Option(metavar="R", help="Share of the lowest attention set to 0, in [0, 1).")
-    ] = 0.9
-    start_layer: Annotated[
-        int, typer.Option(metavar="N", help="Leave out the blocks before this one.")
-    ] = 0
     fit: Annotated[
         Fit,
         typer.Option(
@@ -116,6 +130,40 @@ class RunOptions:
             help="Squash the image, crop its centre, or keep its aspect ratio.",
         ),
     ] = Fit.SQUASH
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")] = (
+        "auto"
+    )
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            metavar="fp32|bf16|fp16",
+            help="Numbers that the model computes with; half of them is for GPUs.",
+        ),
+    ] = Precision.FP32
+    batch_size: Annotated[
+        str, typer.Option(metavar="auto|N", help="Images run through the model at once.")
+    ] = "auto"
+    workers: Annotated[
+        str, typer.Option(metavar="auto|N", help="Threads that read and write images.")
+    ] = "auto"
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON record an image on stdout.")] = (
+        False
+    )
+    nul: Annotated[
+        bool, typer.Option("-0", "--null", help="NUL instead of newlines on stdin and stdout.")
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Say nothing but results and failures.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(SharedOptions):
+    """The options of all commands that write maps."""
+
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
+    ] = Path("vitviz-out")
     save: Annotated[
         list[Kind],
         typer.Option(
@@ -134,22 +182,6 @@ class RunOptions:
     max_size: Annotated[
         int, typer.Option(metavar="N", help="Longest side of the pictures, in pixels.")
     ] = 1024
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")] = (
-        "auto"
-    )
-    precision: Annotated[
-        Precision,
-        typer.Option(
-            metavar="fp32|bf16|fp16",
-            help="Numbers that the model computes with; half of them is for GPUs.",
-        ),
-    ] = Precision.FP32
-    batch_size: Annotated[
-        str, typer.Option(metavar="auto|N", help="Images run through the model at once.")
-    ] = "auto"
-    workers: Annotated[
-        str, typer.Option(metavar="auto|N", help="Threads that read and write images.")
-    ] = "auto"
     skip_existing: Annotated[
         bool,
         typer.Option(
@@ -158,20 +190,11 @@ class RunOptions:
             "model, weights and options.",
         ),
     ] = False
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON record an image on stdout.")] = (
-        False
-    )
-    nul: Annotated[
-        bool, typer.Option("-0", "--null", help="NUL instead of newlines on stdin and stdout.")
-    ] = False
-    quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="Say nothing but results and failures.")
-    ] = False
 
 
-def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every option of ``RunOptions``, so that each is declared once."""
-    hints = get_type_hints(RunOptions, include_extras=True)
+def _with_options(kind: type[SharedOptions]) -> Callable[[_Command], _Command]:
+    """Give a command every option of a dataclass, as its first argument, ``run``."""
+    hints = get_type_hints(kind, include_extras=True)
     shared = [
         introspection.Parameter(
             field.name,
@@ -179,24 +202,29 @@ def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
             annotation=hints[field.name],
             default=introspection.Parameter.empty if field.default is MISSING else field.default,
         )
-        for field in fields(RunOptions)
+        for field in fields(kind)
     ]
-    own = [
-        parameter.replace(kind=introspection.Parameter.KEYWORD_ONLY)
-        for name, parameter in introspection.signature(command, eval_str=True).parameters.items()
-        if name != "run"
-    ]
-    names = {parameter.name for parameter in shared}
+    names = [parameter.name for parameter in shared]
 
-    @wraps(command)
-    def wrapper(**values: Any) -> None:
-        run = RunOptions(**{name: values.pop(name) for name in names})
-        command(run=run, **values)
+    def decorate(command: _Command) -> _Command:
+        signature = introspection.signature(command, eval_str=True)
+        own = [
+            parameter.replace(kind=introspection.Parameter.KEYWORD_ONLY)
+            for name, parameter in signature.parameters.items()
+            if name != "run"
+        ]
 
-    parameters = [shared[0], *own, *shared[1:]]
-    wrapper.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return wrapper
+        @wraps(command)
+        def wrapper(**values: Any) -> None:
+            run = kind(**{name: values.pop(name) for name in names})
+            command(run=run, **values)
+
+        parameters = [shared[0], *own, *shared[1:]]
+        wrapper.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
+        return wrapper
+
+    return decorate
 
 
 def _show_version(wanted: bool) -> None:
@@ -264,35 +292,39 @@ def models(
 
 
 @app.command()
-@_with_run_options
+@_with_options(RunOptions)
 def rollout(
     run: RunOptions,
     head_fusion: Annotated[
         HeadFusion, typer.Option(metavar="mean|max|min", help="How heads become one map.")
-    ] = (HeadFusion.MAX),
+    ] = HeadFusion.MAX,
+    discard: _DiscardOption = 0.9,
+    start_layer: _StartLayerOption = 0,
 ) -> None:
     """Write attention rollout: what the tokens that the head reads have gathered from where.
 
     It knows no class.
     """
-    _explain(run, method=Method.ROLLOUT, head_fusion=head_fusion)
+    method = MethodOptions(discard=discard, start_layer=start_layer, head_fusion=head_fusion)
+    _explain(run, method)
 
 
 @app.command()
-@_with_run_options
+@_with_options(RunOptions)
 def grad_rollout(
     run: RunOptions,
-    classes: Annotated[
-        list[str],
-        typer.Option(
-            "--class",
-            metavar="C",
-            help="An index, a label, top1 or topK; repeatable, one map for each class.",
-        ),
-    ] = ("top1",),  # type: ignore[assignment]
+    classes: _ClassOption = ("top1",),  # type: ignore[assignment]
+    discard: _DiscardOption = 0.9,
+    start_layer: _StartLayerOption = 0,
 ) -> None:
     """Write gradient rollout: rollout of the attention that speaks for a class."""
-    _explain(run, method=Method.GRAD_ROLLOUT, classes=tuple(classes))
+    method = MethodOptions(
+        method=Method.GRAD_ROLLOUT,
+        classes=tuple(classes),
+        discard=discard,
+        start_layer=start_layer,
+    )
+    _explain(run, method)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -317,18 +349,36 @@ def _complain(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _explain(run: RunOptions, **method: Any) -> None:
+def _explain(run: RunOptions, method: MethodOptions) -> None:
     """Do what an explaining command asks for."""
-    job, img_size = _job(run, method), _size(run.img_size)
-    sources, fruitless = _find(run)
+    from vitviz.outputs import prepare_folder
 
-    # Only now torch: a mistake above is told at once.
+    job = _job(run, method)
+    found = _find(run)
+    prepare_folder(run.output)
+    reporter, model = _load(run, found)
+
+    from vitviz import ledger, pipeline
+
+    with _until_reader_leaves(), _Interruption() as interruption:
+        try:
+            warn = partial(reporter.say, style="yellow")
+            results = interruption.between(pipeline.run(model, found.sources, job, warn=warn))
+            reporter.show(results, len(found.sources), ledger.run_record(model, job))
+        except OutputError as error:  # what went before is written: no reason to leave with 2
+            _complain(str(error), code=1)
+    raise typer.Exit(int(reporter.failed))
+
+
+def _load(run: SharedOptions, found: _Found) -> tuple[Reporter, Model]:
+    """Say what the work begins with, and load the model; only now torch, after all mistakes."""
+    img_size = _size(run.img_size)
     with _importing():
-        from vitviz import models, pipeline
+        from vitviz import models
         from vitviz.reporting import Reporter
 
     reporter = Reporter(quiet=run.quiet, as_json=run.as_json, nul=run.nul)
-    for argument in fruitless:
+    for argument in found.fruitless:
         reporter.say(f"no images in {argument}", "yellow")
     reporter.say(models.describe_device(models.select_device(run.device)))
     model = models.load_model(
@@ -343,19 +393,12 @@ def _explain(run: RunOptions, **method: Any) -> None:
     for note in model.notes:
         reporter.say(note, "yellow")
     warnings.filterwarnings("ignore", module="PIL")  # of odd images: what matters is in a result
-    with _until_reader_leaves(), _Interruption() as interruption:
-        try:
-            warn = partial(reporter.say, style="yellow")
-            results = interruption.between(pipeline.run(model, sources, job, warn=warn))
-            reporter.show(results, len(sources), pipeline.run_record(model, job))
-        except OutputError as error:  # what went before is written: no reason to leave with 2
-            _complain(str(error), code=1)
-    raise typer.Exit(int(reporter.failed))
+    return reporter, model
 
 
-def _job(run: RunOptions, method: dict[str, Any]) -> Job:
+def _job(run: RunOptions, method: MethodOptions) -> Job:
     return Job(
-        method=MethodOptions(discard=run.discard, start_layer=run.start_layer, **method),
+        method=method,
         pictures=PictureOptions(
             kinds=tuple(dict.fromkeys(run.save)),
             colormap=run.colormap,
@@ -370,10 +413,18 @@ def _job(run: RunOptions, method: dict[str, Any]) -> Job:
     )
 
 
-def _find(run: RunOptions) -> tuple[list[Any], list[str]]:
-    """Find the images, and make sure that there are some and that results have a place."""
+@dataclass(frozen=True)
+class _Found:
+    """The images of a call, and the arguments that gave none."""
+
+    sources: list[Source]
+    fruitless: list[str]
+
+
+def _find(run: SharedOptions) -> _Found:
+    """Find the images, and make sure that there are some."""
     from vitviz.images import find_sources
-    from vitviz.outputs import prepare_folder, read_provenance
+    from vitviz.outputs import read_provenance
 
     def own(path: Path) -> bool:
         """Tell whether an image found on the way is a picture that vitviz made."""
@@ -384,8 +435,7 @@ def _find(run: RunOptions) -> tuple[list[Any], list[str]]:
     if not sources:
         where = ", ".join(fruitless) or "stdin"
         raise SourceError(f"nothing to do: no images in {where}; give images or folders of them")
-    prepare_folder(run.output)
-    return sources, fruitless
+    return _Found(sources, fruitless)
 
 
 def _arguments(words: Iterable[str], separator: str) -> Iterator[str | Path]:

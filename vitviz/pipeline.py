@@ -6,101 +6,36 @@ full batches, threads draw and write. Each holds only a bounded number of images
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from torch import Tensor
 
-import vitviz
 from vitviz.engine import BatchMaps, class_requests, explain_batch
-from vitviz.errors import (
-    ImageError,
-    ModelError,
-    OptionError,
-    OutputError,
-    SourceError,
-    VitvizError,
-)
+from vitviz.errors import ImageError, ModelError, OptionError, OutputError
 from vitviz.explanation import Explanation, Prediction
-from vitviz.images import (
-    Frame,
-    ImageFile,
-    ImageSample,
-    Source,
-    load_sample,
-    read_file,
-    sample_of,
-)
+from vitviz.images import Frame, ImageSample, Source, load_sample, read_file, sample_of
 from vitviz.lanes import batch_size_for
+from vitviz.ledger import Ledger, Result, failure
 from vitviz.models import Model
-from vitviz.options import Fit, Job, Kind, Method, MethodOptions, PictureOptions
-from vitviz.outputs import (
-    Provenance,
-    encode,
-    is_whole,
-    obstacle,
-    output_path,
-    read_provenance,
-    sweep,
-    write_whole,
-)
+from vitviz.options import Fit, Job, Method, MethodOptions, PictureOptions
+from vitviz.outputs import sweep
 from vitviz.render import normalize
 from vitviz.streaming import group, in_order, map_ahead, stop_with, worker_threads
 
-__all__ = [
-    "Output",
-    "Result",
-    "explain",
-    "frame_of",
-    "run",
-    "run_record",
-    "versions",
-]
+__all__ = ["explain", "frame_of", "run", "to_tensor"]
 
 _TOP = 5
 _PENDING_BATCHES = 4  # how many batches an image may wait for others of its shape
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """One written file."""
-
-    kind: str
-    path: Path
-    class_index: int | None
-    class_label: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What became of one image.
-
-    Attributes:
-        source: The image.
-        status: "written", "skipped" or "failed".
-        outputs: The files, those that were there already included.
-        predictions: The best classes, best first.
-        error: Why it failed.
-        obstacle: Why every other image would fail in the same way.
-    """
-
-    source: Source
-    status: str
-    outputs: tuple[Output, ...] = ()
-    predictions: tuple[Prediction, ...] = ()
-    error: str | None = None
-    obstacle: str | None = None
 
 
 def run(
@@ -128,14 +63,16 @@ def run(
             would fail alike, each after the model has run for it.
     """
     requests = tuple(request.key for request in class_requests(model, job.method)) or (None,)
-    ledger = _Ledger(model=model, job=job, requests=requests, frame=frame_of(model, job.fit))
+    ledger = Ledger(model=model, job=job, requests=requests)
+    frame = frame_of(model, job.fit)
     ledger.refuse_overwriting(sources)
     sweep({job.output, *(path.parent for each in sources for path, _, _ in ledger.files(each))})
     with worker_threads(job.workers) as pool:
         depth = _ahead(job, model)
-        prepared = map_ahead(pool, ledger.prepare, sources, depth)
+        prepared = map_ahead(pool, partial(_prepare, ledger, frame), sources, depth)
         explained = _explained(model, prepared, job, warn)
-        yield from _up_to_obstacle(map_ahead(pool, ledger.write, explained, depth, drain=True))
+        written = map_ahead(pool, partial(_write, ledger), explained, depth, drain=True)
+        yield from _up_to_obstacle(written)
 
 
 def explain(
@@ -174,7 +111,7 @@ def explain(
             try:
                 return load_sample(read_file(source), frame, pictures.max_size)
             except (ImageError, MemoryError) as error:
-                return _failed(source, error)
+                return failure(source, error)
         return sample_of(image, f"image {number}", frame, pictures.max_size)
 
     explanations: list[Explanation] = []
@@ -216,146 +153,20 @@ class _Explained:
     maps: list[Explanation]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ledger:
-    """Knows for each image which files belong to it and what their recipe is."""
-
-    model: Model
-    job: Job
-    requests: tuple[str | None, ...]
-    frame: Frame
-
-    def refuse_overwriting(self, sources: Sequence[Source]) -> None:
-        """Make sure that no output is a source, by whatever name."""
-        taken = {_file_at(source.path) for source in sources} - {None}
-        for source in sources:
-            for path, _, _ in self.files(source):
-                if _file_at(path) in taken:
-                    raise SourceError(
-                        f"the map of {source.path} would overwrite the source {path}; "
-                        "choose another --output folder"
-                    )
-
-    def files(self, source: Source) -> Iterator[tuple[Path, str | None, Kind]]:
-        """Yield the path, class request and kind of each file of an image."""
-        for request in self.requests:
-            for kind in self.job.pictures.kinds:
-                path = output_path(self.job.output, source, self.job.method.method, request, kind)
-                yield path, request, kind
-
-    def prepare(self, source: Source) -> ImageSample | Result:
-        """Load an image, or find that it needs no work."""
-        try:
-            file = read_file(source)
-            if self.job.skip_existing and (result := self._skipped(file)):
-                return result
-            return load_sample(file, self.frame, self.job.pictures.max_size)
-        except (ImageError, MemoryError) as error:
-            return _failed(source, error)
-
-    def write(self, item: _Explained | Result) -> Result:
-        """Draw and write an image's files."""
-        if isinstance(item, Result):
-            return item
-        source = item.sample.source
-        by_request = {explanation.request: explanation for explanation in item.maps}
-        outputs = []
-        try:
-            for path, request, kind in self.files(source):
-                explanation = by_request[request]
-                provenance = self._provenance(item.sample, request, kind, explanation)
-                write_whole(path, encode(explanation, kind, provenance), provenance)
-                outputs.append(_output(path, kind, provenance))
-        except MemoryError as error:
-            return replace(_failed(source, error), outputs=tuple(outputs))
-        except OutputError as error:
-            reason = obstacle(self.job.output, error)
-            return replace(_failed(source, error), outputs=tuple(outputs), obstacle=reason)
-        return Result(
-            source=source,
-            status="written",
-            outputs=tuple(outputs),
-            predictions=item.maps[0].predictions,
-        )
-
-    def _skipped(self, file: ImageFile) -> Result | None:
-        """Return the result of an image whose files are all there, made by the same recipe."""
-        found = []
-        for path, request, kind in self.files(file.source):
-            provenance = read_provenance(path) if is_whole(path) else None
-            if provenance is None or provenance.recipe != self._recipe(file.digest, request, kind):
-                return None
-            found.append((path, kind, provenance))
-        return Result(
-            source=file.source,
-            status="skipped",
-            outputs=tuple(_output(*entry) for entry in found),
-            predictions=found[0][2].predictions,
-        )
-
-    def _provenance(
-        self, sample: ImageSample, request: str | None, kind: Kind, explanation: Explanation
-    ) -> Provenance:
-        absolute = os.fsencode(sample.source.path.absolute())
-        return Provenance(
-            recipe=self._recipe(sample.digest, request, kind),
-            source=os.fspath(sample.source.path),
-            source_id=hashlib.sha256(absolute).hexdigest()[:16],
-            class_index=explanation.class_index,
-            class_label=explanation.class_label,
-            predictions=explanation.predictions,
-            versions=versions(),
-        )
-
-    def _recipe(self, digest: str, request: str | None, kind: Kind) -> dict[str, Any]:
-        method = self.job.method
-        recipe = {
-            "source_sha256": digest,
-            "model": self.model.name,
-            "weights_sha256": self.model.digest,
-            "method": method.method.value,
-            "options": {**method.described(), **self.job.pictures.described(kind)},
-            "fit": self.job.fit.value,
-            "preprocessing": asdict(self.model.preprocessing),
-            "class": request,
-            "labels": self.model.labels.digest,
-            "kind": kind.value,
-            "vitviz": vitviz.__version__,
-            "timm": timm.__version__,
-        }
-        return dict(json.loads(json.dumps(recipe)))  # as it reads back from a file
+def _prepare(ledger: Ledger, frame: Frame, source: Source) -> ImageSample | Result:
+    """Load an image, or find that it needs no work."""
+    try:
+        file = read_file(source)
+        if ledger.job.skip_existing and (result := ledger.skipped(file)):
+            return result
+        return load_sample(file, frame, ledger.job.pictures.max_size)
+    except (ImageError, MemoryError) as error:
+        return failure(source, error)
 
 
-def run_record(model: Model, job: Job) -> dict[str, Any]:
-    """Return what all records of a run have in common."""
-    return {
-        "score_kind": model.score_kind,
-        "run": {
-            "versions": versions(),
-            "model": model.name,
-            "weights": {"source": model.weights, "sha256": model.digest},
-            "method": job.method.method.value,
-            "options": {
-                **job.method.described(),
-                **job.pictures.described(Kind.OVERLAY),
-                "fit": job.fit.value,
-                "size": list(model.preprocessing.size),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "labels": model.labels.source,
-                "class": list(job.method.classes) if class_requests(model, job.method) else [],
-                "save": [kind.value for kind in job.pictures.kinds],
-            },
-        },
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {
-        "vitviz": vitviz.__version__,
-        "timm": timm.__version__,
-        "torch": torch.__version__,
-    }
+def _write(ledger: Ledger, item: _Explained | Result) -> Result:
+    """Write the files of an image that is explained."""
+    return item if isinstance(item, Result) else ledger.write(item.sample, item.maps)
 
 
 def _up_to_obstacle(
@@ -371,29 +182,6 @@ def _up_to_obstacle(
         if stop:
             rest = stop_with(results, stop)
             yield from (each for each in rest if each.outputs or not each.obstacle)
-
-
-def _file_at(path: Path) -> tuple[int, int] | None:
-    """Return what all names of one file have in common: links, and cases where those are one."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _failed(source: Source, error: VitvizError | MemoryError) -> Result:
-    text = str(error) if isinstance(error, VitvizError) else "needs more memory than there is"
-    return Result(source=source, status="failed", error=text)
-
-
-def _output(path: Path, kind: Kind, provenance: Provenance) -> Output:
-    return Output(
-        kind=kind.value,
-        path=path,
-        class_index=provenance.class_index,
-        class_label=provenance.class_label,
-    )
 
 
 def _explained(
@@ -441,7 +229,7 @@ class _Runner:
                 samples = samples[len(batch) :]
             except MemoryError as error:
                 if len(batch) == 1:
-                    yield _failed(batch[0].source, error)
+                    yield failure(batch[0].source, error)
                     samples = samples[1:]
                     continue
                 self._size = math.ceil(len(batch) / 2)
@@ -464,7 +252,7 @@ class _Runner:
             )
 
     def _explain_at_once(self, samples: list[ImageSample]) -> list[_Explained | Result]:
-        maps = explain_batch(self._model, _to_tensor(self._model, samples), self._job.method)
+        maps = explain_batch(self._model, to_tensor(self._model, samples), self._job.method)
         explained = [
             _explanations(self._model, sample, maps, row, self._job)
             for row, sample in enumerate(samples)
@@ -481,7 +269,7 @@ class _Runner:
         self._flat_maps += flat
 
 
-def _to_tensor(model: Model, samples: list[ImageSample]) -> Tensor:
+def to_tensor(model: Model, samples: list[ImageSample]) -> Tensor:
     """Stack and normalise pixels: (batch, 3, height, width) on the model's device."""
     pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
     images = pixels.to(model.device).permute(0, 3, 1, 2).float().div_(255)
@@ -505,7 +293,7 @@ def _explanations(
         )
         if model.dtype is torch.float16:
             cause += "; fp16 ends at 65504, --precision bf16 or fp32 do not"
-        return _failed(sample.source, ImageError(f"gives numbers that are not finite: {cause}"))
+        return failure(sample.source, ImageError(f"gives numbers that are not finite: {cause}"))
     scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=0)
     predictions = tuple(
         Prediction(class_index=index, class_label=model.labels[index], score=float(scores[index]))

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from vitviz.errors import OutputError, printable
-from vitviz.pipeline import Result
+from vitviz.ledger import Result
 
 __all__ = ["Reporter", "discard"]
 

@@ -12,6 +12,7 @@ from tests.bench.subject import weights
 from vitviz import pipeline
 from vitviz.images import Source, find_sources
 from vitviz.lanes import batch_size_for
+from vitviz.ledger import Result
 from vitviz.models import Model
 from vitviz.options import Job, Kind, PictureOptions
 
@@ -46,13 +47,13 @@ def explain(
 
 def results(
     setting: Setting, model: Model, sources: Sequence[Source], kind: Kind = Kind.OVERLAY
-) -> Iterator[pipeline.Result]:
+) -> Iterator[Result]:
     """Explain images as by default and yield what became of each."""
     job = Job(pictures=PictureOptions(kinds=(kind,)), output=_output(setting))
     return pipeline.run(model, sources, job)
 
 
-def expect_written(found: Iterable[pipeline.Result]) -> None:
+def expect_written(found: Iterable[Result]) -> None:
     """Fail unless each image was written: what fails is fast."""
     for result in found:
         if result.status != "written":
