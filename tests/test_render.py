@@ -19,6 +19,9 @@ from vitviz.render import color_heat, normalize, overlay, panel, place_heat
 WHOLE = Region()
 
 
+OF_OPENCV = [colormap for colormap in Colormap if colormap is not Colormap.REDBLUE]
+
+
 def colors(colormap: Colormap) -> np.ndarray:
     ramp = np.arange(256, dtype=np.uint8)[None]
     table = cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{colormap.value.upper()}"))
@@ -160,7 +163,7 @@ def test_lone_hot_patch_is_not_lost_on_any_picture(side: int) -> None:
 # Colours
 
 
-@pytest.mark.parametrize("colormap", Colormap)
+@pytest.mark.parametrize("colormap", OF_OPENCV)
 def test_strongest_patch_gets_the_last_color(colormap: Colormap) -> None:
     grid = np.random.default_rng(1).random((4, 6)).astype(np.float32) / 2
     grid[1, 2] = 1
@@ -374,3 +377,42 @@ def test_caption_says_class_and_score() -> None:
 def test_sources_are_named(tmp_path: Path) -> None:
     image = sample(20, 30, Fit.SQUASH)
     assert isinstance(image.source, Source)
+
+
+def test_zero_is_the_middle_of_a_signed_map() -> None:
+    relevance = np.array([[-1.0, 0.0], [2.0, 4.0]], np.float32)
+    np.testing.assert_allclose(normalize(relevance, signed=True), [[0.375, 0.5], [0.75, 1.0]])
+
+
+def test_signed_map_without_range_is_all_middle() -> None:
+    assert (normalize(np.full((2, 2), 3.0), signed=True) == 0.5).all()
+    assert (normalize(np.zeros((2, 2)), signed=True) == 0.5).all()
+
+
+def test_redblue_is_red_above_the_middle_blue_below_and_white_there() -> None:
+    heat = np.array([[0.0, 0.25, 0.5, 0.75, 1.0]], np.float32)
+    red, green, blue = np.moveaxis(color_heat(heat, Colormap.REDBLUE)[0].astype(int), -1, 0)
+    assert (np.sign(red - blue) == [-1, -1, 0, 1, 1]).all()
+    assert min(red[2], green[2], blue[2]) >= 246
+    assert green.argmax() == 2  # colours deepen to both sides
+
+
+def test_evidence_is_drawn_with_its_sign() -> None:
+    pixels = np.full((8, 8, 3), 128, np.uint8)
+    sample = sample_of(
+        pixels,
+        "gray",
+        Frame(
+            fit=Fit.SQUASH,
+            size=(8, 8),
+            patch=(4, 4),
+            resample=Image.Resampling.BICUBIC,
+            crop_pct=1.0,
+        ),
+        1024,
+    )
+    relevance = np.array([[-2.0, 0.0], [0.0, 1.0]], np.float32)
+    drawn = Explanation(method=Method.EVIDENCE, relevance=relevance, sample=sample).heatmap()
+    against, speaking = drawn.getpixel((0, 0)), drawn.getpixel((7, 7))
+    assert against[2] > against[0] + 50
+    assert speaking[0] > speaking[2] + 20

@@ -20,6 +20,8 @@ ORDER = (
         "capture",
         "trace",
         "propagation",
+        "linearization",
+        "refinement",
         "layout",
         "labels",
         "weights",

@@ -16,6 +16,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AttentionRule": "vitviz.options",
     "Explanation": "vitviz.explanation",
     "Fit": "vitviz.options",
     "HeadFusion": "vitviz.options",
@@ -23,8 +24,10 @@ _HOMES = {
     "PictureOptions": "vitviz.options",
     "Prediction": "vitviz.explanation",
     "VitvizError": "vitviz.errors",
+    "evidence": "vitviz.api",
     "grad_rollout": "vitviz.api",
     "load_model": "vitviz.models",
+    "relevance": "vitviz.api",
     "rollout": "vitviz.api",
 }
 

@@ -11,12 +11,13 @@ from PIL import Image
 
 from vitviz.explanation import Explanation
 from vitviz.models import Model
-from vitviz.options import Fit, HeadFusion, Method, MethodOptions, PictureOptions
+from vitviz.options import AttentionRule, Fit, HeadFusion, Method, MethodOptions, PictureOptions
 from vitviz.pipeline import explain
 
-__all__ = ["grad_rollout", "rollout"]
+__all__ = ["evidence", "grad_rollout", "relevance", "rollout"]
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]]
+Classes = int | str | Iterable[int | str]
 
 
 def rollout(
@@ -26,6 +27,7 @@ def rollout(
     discard: float = 0.9,
     head_fusion: HeadFusion | str = HeadFusion.MAX,
     start_layer: int = 0,
+    refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
@@ -38,6 +40,7 @@ def rollout(
         discard: Share of the lowest fused attention set to 0, per image and block, in [0, 1).
         head_fusion: How heads become one map: ``mean``, ``max`` or ``min``.
         start_layer: Blocks before this one are left out.
+        refine: How many times finer than patches maps are, from refine² shifts of each image.
         fit: ``squash``, ``crop`` or ``native``.
         batch_size: Images run at once; None: chosen by the number of tokens.
         pictures: How the maps draw themselves; None: as by default.
@@ -52,6 +55,7 @@ def rollout(
         method=Method.ROLLOUT,
         discard=discard,
         start_layer=start_layer,
+        refine=refine,
         head_fusion=HeadFusion(head_fusion),
     )
     return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
@@ -61,9 +65,10 @@ def grad_rollout(
     model: Model,
     images: Images,
     *,
-    classes: int | str | Iterable[int | str] = ("top1",),
+    classes: Classes = ("top1",),
     discard: float = 0.9,
     start_layer: int = 0,
+    refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
@@ -79,6 +84,7 @@ def grad_rollout(
         classes: An index, a label (``"tabby"``), ``"top1"`` or ``"topK"``, or several of these.
         discard: As for ``rollout``.
         start_layer: As for ``rollout``.
+        refine: As for ``rollout``.
         fit: As for ``rollout``.
         batch_size: As for ``rollout``.
         pictures: As for ``rollout``.
@@ -89,11 +95,101 @@ def grad_rollout(
     Raises:
         VitvizError: An option or an image is not usable.
     """
-    wanted = (classes,) if isinstance(classes, (int, str)) else classes
     options = MethodOptions(
         method=Method.GRAD_ROLLOUT,
         discard=discard,
         start_layer=start_layer,
-        classes=tuple(map(str, wanted)),
+        refine=refine,
+        classes=_words(classes),
     )
     return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+
+
+def relevance(
+    model: Model,
+    images: Images,
+    *,
+    classes: Classes = ("top1",),
+    classic: bool = False,
+    start_layer: int | None = None,
+    refine: int = 1,
+    fit: Fit | str = Fit.SQUASH,
+    batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
+) -> list[Explanation]:
+    """Compute gradient relevance with a linearised backward pass and weighed values.
+
+    Each block adds mean over heads of relu(A ⊙ ∂y/∂A), its columns multiplied by what the value
+    of a token can move: see ``propagation.gradient_relevance`` and ``linearization``.
+
+    Args:
+        model: From ``load_model``; it is left as it was.
+        images: As for ``rollout``.
+        classes: As for ``grad_rollout``.
+        classic: Exactly Chefer, Gur & Wolf 2021 (arXiv 2103.15679) instead: true gradients, all
+            blocks, no weighing, read out as the model's head does.
+        start_layer: Blocks before this one are left out; None: half of them, if not classic.
+        refine: As for ``rollout``.
+        fit: As for ``rollout``.
+        batch_size: As for ``rollout``.
+        pictures: As for ``rollout``.
+
+    Returns:
+        One explanation for each image and class, image by image.
+
+    Raises:
+        VitvizError: An option or an image is not usable.
+    """
+    options = MethodOptions(
+        method=Method.RELEVANCE,
+        classes=_words(classes),
+        classic=classic,
+        start_layer=start_layer,
+        refine=refine,
+    )
+    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+
+
+def evidence(
+    model: Model,
+    images: Images,
+    *,
+    classes: Classes = ("top1",),
+    rule: AttentionRule | str = AttentionRule.VALUE,
+    refine: int = 1,
+    fit: Fit | str = Fit.SQUASH,
+    batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
+) -> list[Explanation]:
+    """Compute signed evidence for a class: x ⊙ ∂y/∂x at all blocks, with a linearised backward.
+
+    Args:
+        model: From ``load_model``; it is left as it was.
+        images: As for ``rollout``.
+        classes: As for ``grad_rollout``.
+        rule: How evidence passes attention: ``value`` or ``shared``; see ``linearization``.
+        refine: As for ``rollout``.
+        fit: As for ``rollout``.
+        batch_size: As for ``rollout``.
+        pictures: As for ``rollout``.
+
+    Returns:
+        One explanation for each image and class, image by image; relevance above 0 speaks for the
+        class, below 0 against it.
+
+    Raises:
+        VitvizError: An option or an image is not usable.
+    """
+    options = MethodOptions(
+        method=Method.EVIDENCE,
+        classes=_words(classes),
+        rule=AttentionRule(rule),
+        refine=refine,
+    )
+    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+
+
+def _words(classes: Classes) -> tuple[str, ...]:
+    """Return class requests as they would be typed."""
+    wanted = (classes,) if isinstance(classes, (int, str)) else classes
+    return tuple(map(str, wanted))

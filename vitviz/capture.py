@@ -9,9 +9,10 @@ dropout, where a hook sees it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionRecord",
     "GivenAttention",
     "output_gradients",
+    "own_attention",
 ]
 
 
@@ -43,6 +45,8 @@ class AttentionRecord:
             differentiated through.
         bias: Added to the scores, broadcastable to (batch, heads, queries, keys), or None.
         scale: Factor on the scores.
+        projection: (channels, heads · value_dim), the weight that joins the heads of the output;
+            None where it was not seen.
     """
 
     query: Tensor
@@ -51,6 +55,7 @@ class AttentionRecord:
     output: Tensor | None
     bias: Tensor | None
     scale: float
+    projection: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,6 +89,15 @@ class AttentionRecord:
         assert self.value is not None
         return _products(_exact(gradient[images, :, queries]), self._per_head(self.value[images]))
 
+    def value_norms(self) -> Tensor:
+        """Compute ‖W_o v_j‖, how much the value of each token j can move the tokens that see it.
+
+        Returns:
+            (batch, keys), float32 or wider.
+        """
+        assert self.value is not None
+        return _projected_norms(self._per_head(self.value), self.projection)
+
     def _per_head(self, shared: Tensor) -> Tensor:
         """Repeat grouped keys or values (images, key_heads, …) so that each head has its own."""
         repeats = self.query.shape[1] // shared.shape[1]
@@ -106,10 +120,14 @@ class GivenAttention:
         attention: (batch, heads, queries, keys), what the values are multiplied with; with
             talking heads its rows need not sum to 1, nor be positive.
         output: The same tensor, where it can be differentiated through; else None.
+        value: (batch, heads, keys, value_dim); None where it was not seen.
+        projection: As for ``AttentionRecord``.
     """
 
     attention: Tensor
     output: Tensor | None
+    value: Tensor | None = None
+    projection: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,6 +141,10 @@ class GivenAttention:
     def probability_gradients(self, gradient: Tensor, images: slice, queries: slice) -> Tensor:
         """Return ∂y/∂A of some images and some queries; the output being A, it is given."""
         return _exact(gradient[images, :, queries])
+
+    def value_norms(self) -> Tensor:
+        """Compute ‖W_o v_j‖ (batch, keys), as for ``AttentionRecord``."""
+        return _projected_norms(self.value, self.projection)
 
 
 Attention = AttentionRecord | GivenAttention
@@ -148,6 +170,7 @@ class AttentionCapture:
         module: nn.Module,
         *,
         first_gradient: int | None = None,
+        blocks: Sequence[nn.Module] = (),
         on_record: Callable[[Attention], None] | None = None,
         isolate: bool = False,
     ) -> None:
@@ -156,11 +179,14 @@ class AttentionCapture:
         Args:
             module: The model.
             first_gradient: From this call on, outputs can be differentiated through; None: never.
+            blocks: Blocks before, between and after which the tokens are kept too; without a
+                ``first_gradient``, they can be differentiated through.
             on_record: Takes each record at once, instead of keeping it for ``take``.
             isolate: Let each token attend to itself alone, to see what else mixes tokens.
         """
         self._module = module
         self._first_gradient = first_gradient
+        self._blocks = blocks
         self._isolate = isolate
         self._on_record = on_record
         self._of_thread = threading.local()
@@ -174,8 +200,12 @@ class AttentionCapture:
             stack.enter_context(_switched(modules, "fused_attn", True))
             stack.enter_context(_switched(modules, "grad_checkpointing", False))
             stack.enter_context(_switched(self._module.parameters(), "requires_grad", False))
-            for dropout in _own_attention(modules):
+            for dropout in own_attention(modules):
                 stack.callback(dropout.register_forward_hook(self._record_given).remove)
+            for block in self._blocks:
+                stack.callback(block.register_forward_pre_hook(self._enter_block).remove)
+            for block in self._blocks[-1:]:
+                stack.callback(block.register_forward_hook(self._leave_blocks).remove)
             stack.enter_context(self.recording())
             self._stack = stack.pop_all()
         return self
@@ -195,12 +225,12 @@ class AttentionCapture:
         if hasattr(self._of_thread, "records"):
             yield
             return
-        self._of_thread.records = []
+        self._of_thread.records, self._of_thread.tokens = [], []
         try:
-            with _SdpaMode(self._record_call):
+            with _CallMode(self):
                 yield
         finally:
-            del self._of_thread.records
+            del self._of_thread.records, self._of_thread.tokens
 
     @property
     def _records(self) -> list[Attention]:
@@ -226,6 +256,30 @@ class AttentionCapture:
             )
         return records
 
+    def take_tokens(self) -> list[Tensor]:
+        """Hand out the tokens (batch, tokens, channels) at the blocks, and forget them.
+
+        Returns:
+            What entered each block, and what left the last one.
+        """
+        tokens = list(self._of_thread.tokens)
+        self._of_thread.tokens.clear()
+        return tokens
+
+    def _enter_block(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = inputs[0]
+        if self._first_gradient is None and not tokens.requires_grad and torch.is_grad_enabled():
+            tokens = tokens.detach().requires_grad_(True)  # the graph begins at the first block
+        self._keep_tokens(tokens)
+        return (tokens, *inputs[1:])
+
+    def _leave_blocks(self, block: nn.Module, inputs: object, tokens: Tensor) -> None:
+        self._keep_tokens(tokens)
+
+    def _keep_tokens(self, tokens: Tensor) -> None:
+        if hasattr(self._of_thread, "tokens"):
+            self._of_thread.tokens.append(tokens)
+
     def _record_call(self, call: Callable[..., Tensor], arguments: _SdpaArguments) -> Tensor:
         query, key, value = arguments.query, arguments.key, arguments.value
         output = _own_values(query, value) if self._isolate else call()
@@ -249,6 +303,20 @@ class AttentionCapture:
         if self._isolate:
             return torch.eye(attention.shape[-1]).to(attention).expand_as(attention)
         return None
+
+    def _record_value(self, attention: Tensor, other: Tensor) -> None:
+        """Add to a record of given attention what it is multiplied with."""
+        last = self._records[-1] if self._records else None
+        if isinstance(last, GivenAttention) and attention is last.output:
+            self._records[-1] = replace(last, value=other.detach())
+
+    def _record_projection(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Add to the last record the layer that its output enters with its heads side by side."""
+        last = self._records[-1] if self._records else None
+        if last is None or last.value is None or last.projection is not None:
+            return
+        if input.shape[-1] == last.shape[1] * last.value.shape[-1]:
+            self._records[-1] = replace(last, projection=weight.detach())
 
     def _keep(self, record: Attention) -> None:
         (self._on_record or self._records.append)(record)
@@ -276,6 +344,13 @@ def output_gradients(records: list[Attention], score: Tensor, *, last: bool) -> 
     return list(torch.autograd.grad(score, outputs, retain_graph=not last))
 
 
+def own_attention(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """List the dropouts that follow attention computed without torch's function (talking heads)."""
+    unfused = [module for module in modules if not hasattr(module, "fused_attn")]
+    dropouts = [getattr(module, "attn_drop", None) for module in unfused]
+    return [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout)]
+
+
 @dataclass(frozen=True)
 class _SdpaArguments:
     """The arguments of ``scaled_dot_product_attention``, in its order."""
@@ -290,12 +365,12 @@ class _SdpaArguments:
     enable_gqa: bool = False
 
 
-class _SdpaMode(TorchFunctionMode):
-    """Hands each attention call to a recorder, all else to torch."""
+class _CallMode(TorchFunctionMode):
+    """Shows a capture the calls that attention is made of, and leaves all else to torch."""
 
-    def __init__(self, recorder: Callable[[Callable[..., Tensor], _SdpaArguments], Tensor]) -> None:
+    def __init__(self, capture: AttentionCapture) -> None:
         super().__init__()
-        self._recorder = recorder
+        self._capture = capture
 
     def __torch_function__(
         self,
@@ -305,9 +380,14 @@ class _SdpaMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._recorder(lambda: func(*args, **kwargs), _SdpaArguments(*args, **kwargs))
+        if func is F.scaled_dot_product_attention:
+            call = partial(func, *args, **kwargs)
+            return self._capture._record_call(call, _SdpaArguments(*args, **kwargs))
+        if func is F.linear:
+            self._capture._record_projection(*args, **kwargs)
+        elif func is Tensor.matmul:
+            self._capture._record_value(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -322,13 +402,6 @@ def _switched(owners: Iterable[Any], name: str, value: bool) -> Iterator[None]:
     finally:
         for owner, old in others:
             setattr(owner, name, old)
-
-
-def _own_attention(modules: list[nn.Module]) -> list[nn.Module]:
-    """List the dropouts that follow attention computed without torch's function (talking heads)."""
-    unfused = [module for module in modules if not hasattr(module, "fused_attn")]
-    dropouts = [getattr(module, "attn_drop", None) for module in unfused]
-    return [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout)]
 
 
 def _own_values(query: Tensor, value: Tensor) -> Tensor:
@@ -348,6 +421,18 @@ def _additive(arguments: _SdpaArguments, queries: int, keys: int) -> Tensor | No
         bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return bias.masked_fill(~mask, float("-inf"))
     return mask.detach()
+
+
+def _projected_norms(value: Tensor | None, projection: Tensor | None) -> Tensor:
+    """Norm (batch, keys) of values (batch, heads, keys, value_dim) behind a projection."""
+    if value is None or projection is None:
+        raise CaptureError(
+            "did not see what attention multiplies its values with, so they cannot be weighed; "
+            "try relevance --classic, or grad-rollout"
+        )
+    joined = _exact(value).transpose(1, 2).flatten(2)
+    norms: Tensor = F.linear(joined, _exact(projection)).norm(dim=-1)
+    return norms
 
 
 def _products(rows: Tensor, columns: Tensor, scale: float = 1.0) -> Tensor:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from rich.console import Console
 import vitviz
 from vitviz.errors import OptionError, OutputError, SourceError, VitvizError, printable
 from vitviz.options import (
+    AttentionRule,
     Colormap,
     Fit,
     HeadFusion,
@@ -78,7 +79,8 @@ _DiscardOption = Annotated[
     typer.Option(metavar="R", help="Share of the lowest attention set to 0, in [0, 1)."),
 ]
 _StartLayerOption = Annotated[
-    int, typer.Option(metavar="N", help="Leave out the blocks before this one.")
+    int | None,
+    typer.Option(metavar="N", help="Leave out the blocks before this one.", show_default="0"),
 ]
 _ClassOption = Annotated[
     list[str],
@@ -161,6 +163,13 @@ class SharedOptions:
 class RunOptions(SharedOptions):
     """The options of all commands that write maps."""
 
+    refine: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Maps N times finer than patches, from N x N shifts of each image.",
+        ),
+    ] = 1
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
     ] = Path("vitviz-out")
@@ -173,9 +182,14 @@ class RunOptions(SharedOptions):
         ),
     ] = (Kind.OVERLAY,)  # type: ignore[assignment]  # a default must not be mutable
     colormap: Annotated[
-        Colormap,
-        typer.Option(metavar="NAME", help=f"Colours of the heat: {', '.join(Colormap)}."),
-    ] = Colormap.TURBO
+        Colormap | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Colours of the heat: {', '.join(Colormap)}; evidence has redblue by default, "
+            "all others turbo.",
+            show_default=False,
+        ),
+    ] = None
     alpha: Annotated[
         float, typer.Option(metavar="A", help="Weight of the heat in overlays, 0 to 1.")
     ] = 0.5
@@ -299,7 +313,7 @@ def rollout(
         HeadFusion, typer.Option(metavar="mean|max|min", help="How heads become one map.")
     ] = HeadFusion.MAX,
     discard: _DiscardOption = 0.9,
-    start_layer: _StartLayerOption = 0,
+    start_layer: _StartLayerOption = None,
 ) -> None:
     """Write attention rollout: what the tokens that the head reads have gathered from where.
 
@@ -315,7 +329,7 @@ def grad_rollout(
     run: RunOptions,
     classes: _ClassOption = ("top1",),  # type: ignore[assignment]
     discard: _DiscardOption = 0.9,
-    start_layer: _StartLayerOption = 0,
+    start_layer: _StartLayerOption = None,
 ) -> None:
     """Write gradient rollout: rollout of the attention that speaks for a class."""
     method = MethodOptions(
@@ -325,6 +339,51 @@ def grad_rollout(
         start_layer=start_layer,
     )
     _explain(run, method)
+
+
+@app.command()
+@_with_options(RunOptions)
+def relevance(
+    run: RunOptions,
+    classes: _ClassOption = ("top1",),  # type: ignore[assignment]
+    classic: Annotated[
+        bool, typer.Option("--classic", help="As in Chefer, Gur & Wolf, ICCV 2021, for comparing.")
+    ] = False,
+    start_layer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Leave out the blocks before this one.",
+            show_default="half of the blocks; 0 if classic",
+        ),
+    ] = None,
+) -> None:
+    """Write relevance: the best outline of what the decision for a class rests on."""
+    method = MethodOptions(
+        method=Method.RELEVANCE,
+        classes=tuple(classes),
+        classic=classic,
+        start_layer=start_layer,
+    )
+    _explain(run, method)
+
+
+@app.command()
+@_with_options(RunOptions)
+def evidence(
+    run: RunOptions,
+    classes: _ClassOption = ("top1",),  # type: ignore[assignment]
+    rule: Annotated[
+        AttentionRule,
+        typer.Option(
+            metavar="value|shared",
+            help="Let evidence pass attention by the values alone, or share it with queries and "
+            "keys.",
+        ),
+    ] = AttentionRule.VALUE,
+) -> None:
+    """Write signed evidence: what speaks for a class (red), and what against it (blue)."""
+    _explain(run, MethodOptions(method=Method.EVIDENCE, classes=tuple(classes), rule=rule))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -398,7 +457,7 @@ def _load(run: SharedOptions, found: _Found) -> tuple[Reporter, Model]:
 
 def _job(run: RunOptions, method: MethodOptions) -> Job:
     return Job(
-        method=method,
+        method=replace(method, refine=run.refine),
         pictures=PictureOptions(
             kinds=tuple(dict.fromkeys(run.save)),
             colormap=run.colormap,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,16 +14,21 @@ from vitviz.capture import Attention, AttentionCapture, output_gradients
 from vitviz.errors import CaptureError, LabelError, OptionError
 from vitviz.labels import ClassRequest, parse_requests
 from vitviz.lanes import in_lanes
-from vitviz.layout import patch_grid
+from vitviz.layout import blocks_of, patch_grid
+from vitviz.linearization import LinearizedBackward, constant_attention
 from vitviz.models import Model
-from vitviz.options import Method, MethodOptions
+from vitviz.options import AttentionRule, Method, MethodOptions
 from vitviz.propagation import (
     Fusion,
     attention_rollout,
     fuse_heads,
+    fuse_positive,
     fuse_with_gradient,
+    gradient_relevance,
     pooled_readout,
+    signed_evidence,
 )
+from vitviz.refinement import place_back, shifted, shifts
 
 __all__ = ["BatchMaps", "class_requests", "explain_batch"]
 
@@ -56,12 +61,12 @@ def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, 
         OptionError: ``start_layer`` leaves no block, or there is no logit to take gradients of.
         LabelError: A class request fits no class of the model.
     """
-    if options.start_layer >= model.layout.blocks:
+    if options.first_block(model.layout.blocks) >= model.layout.blocks:
         raise OptionError(
             f"--start-layer is {options.start_layer}, but {model.name} has {model.layout.blocks} "
             f"blocks; give a number from 0 to {model.layout.blocks - 1}"
         )
-    if options.method is Method.ROLLOUT:
+    if not options.method.explains_class:
         return ()
     if not model.num_classes:
         raise OptionError(
@@ -74,13 +79,22 @@ def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, 
     return requests
 
 
-def explain_batch(model: Model, images: Tensor, options: MethodOptions) -> BatchMaps:
+def explain_batch(
+    model: Model,
+    images: Tensor,
+    options: MethodOptions,
+    *,
+    class_indices: Tensor | None = None,
+    at_once: int = 1,
+) -> BatchMaps:
     """Run a batch and compute its relevance maps.
 
     Args:
         model: The model; it is left as it was.
         images: (batch, 3, height, width), preprocessed for the model.
         options: Method and its parameters.
+        class_indices: (batch, maps), the classes to explain in place of those in the options.
+        at_once: How many images may be run together, where refinement makes more of them.
 
     Raises:
         CaptureError: The attention seen is not what the model's layout promises.
@@ -89,19 +103,70 @@ def explain_batch(model: Model, images: Tensor, options: MethodOptions) -> Batch
         MemoryError: The device has too little memory for this batch.
     """
     requests = class_requests(model, options)
-    first_gradient = options.start_layer if options.method is Method.GRAD_ROLLOUT else None
-    with (
-        _named_memory_errors(),
-        AttentionCapture(model.module, first_gradient=first_gradient) as capture,
-    ):
+    made = shifts(options.refine, model.preprocessing.patch)
+    copies = max(1, at_once // len(images))
+    images = images.to(model.device)
+    with _named_memory_errors(), _captured(model, options) as capture:
         work = partial(_explain_part, model, capture, options, requests)
-        parts = in_lanes(work, images.to(model.device), model.layout.tokens)
+        whole = _in_parts(work, images, class_indices, model.layout.tokens)
+        maps = [whole.relevance]
+        for first in range(1, len(made), copies):
+            some = made[first : first + copies]
+            moved = torch.cat([shifted(images, shift) for shift in some])
+            classes = whole.class_indices  # ranks are those of the image where it is
+            repeated = None if classes is None else classes.repeat(len(some), 1)
+            found = _in_parts(work, moved, repeated, model.layout.tokens)
+            maps += torch.split(found.relevance, len(images))
+    return replace(whole, relevance=place_back(maps, made, options.refine))
+
+
+@contextmanager
+def _captured(model: Model, options: MethodOptions) -> Iterator[AttentionCapture]:
+    """Capture what a method needs."""
+    method, start = options.method, options.first_block(model.layout.blocks)
+    from_attention = method in (Method.GRAD_ROLLOUT, Method.RELEVANCE)
+    with ExitStack() as stack:
+        if _is_linearized(options):
+            stack.enter_context(constant_attention(model.module))
+        yield stack.enter_context(
+            AttentionCapture(
+                model.module,
+                first_gradient=start if from_attention else None,
+                blocks=blocks_of(model.module) if _is_linearized(options) else (),
+            )
+        )
+
+
+def _is_linearized(options: MethodOptions) -> bool:
+    """Tell whether a method takes the gradients of the linearised network."""
+    if options.method is Method.RELEVANCE:
+        return not options.classic
+    return options.method is Method.EVIDENCE
+
+
+def _way_back(options: MethodOptions) -> AbstractContextManager[object]:
+    """Return what changes the gradients of a method in the thread that enters it."""
+    if not _is_linearized(options):
+        return nullcontext()
+    is_evidence = options.method is Method.EVIDENCE
+    return LinearizedBackward(options.rule if is_evidence else AttentionRule.VALUE)
+
+
+def _in_parts(
+    work: Callable[[Tensor, Tensor], BatchMaps],
+    images: Tensor,
+    class_indices: Tensor | None,
+    tokens: int,
+) -> BatchMaps:
+    """Explain a batch in parts, and put them together."""
+    classes = torch.empty(len(images), 0) if class_indices is None else class_indices
+    parts = in_lanes(work, images, classes, tokens=tokens)
     indices = [part.class_indices for part in parts if part.class_indices is not None]
     return BatchMaps(
         relevance=torch.cat([part.relevance for part in parts]).cpu(),
-        logits=torch.cat([part.logits for part in parts]).cpu(),
-        class_indices=torch.cat(indices).cpu() if indices else None,
-        requests=requests,
+        logits=torch.cat([part.logits for part in parts]),
+        class_indices=torch.cat(indices) if indices else None,
+        requests=parts[0].requests,
     )
 
 
@@ -116,34 +181,57 @@ def _named_memory_errors() -> Iterator[None]:
         raise MemoryError(str(error)) from None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Seen:
+    """What a capture saw of a forward pass.
+
+    Attributes:
+        records: Attention of the blocks that take part, and of the tail.
+        tokens: Tokens before, between and after the blocks, where a method asks for them.
+    """
+
+    records: list[Attention]
+    tokens: list[Tensor]
+
+
 def _explain_part(
     model: Model,
     capture: AttentionCapture,
     options: MethodOptions,
     requests: tuple[ClassRequest, ...],
     images: Tensor,
+    classes: Tensor,
 ) -> BatchMaps:
-    """Explain some images of a batch in the thread that calls."""
-    needs_gradient = options.method is Method.GRAD_ROLLOUT
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(needs_gradient),
-        capture.recording(),
-    ):
-        output = model.module(images)
-        records = capture.take(model.layout.calls)[options.start_layer :]
+    """Explain some images of a batch in the thread that calls.
+
+    Args:
+        model: The model.
+        capture: What records it.
+        options: Method and its parameters.
+        requests: The classes that are asked for.
+        images: (images, 3, height, width).
+        classes: (images, maps), or (images, 0) where the requests have the word.
+    """
+    about_classes = options.method.explains_class
+    with torch.inference_mode(False), torch.set_grad_enabled(about_classes):
+        with capture.recording(), _way_back(options):
+            output = model.module(images)
+            start = options.first_block(model.layout.blocks)
+            records = capture.take(model.layout.calls)[start:]
+            seen = _Seen(records=records, tokens=capture.take_tokens())
+        _expect_chain(model, records)
         logits = output.detach().float().cpu() if model.num_classes else torch.empty(len(images), 0)
-        if needs_gradient:
-            class_indices = _class_indices(logits, requests)
-            fusions = _class_fusions(records, output, class_indices)
+        if about_classes:
+            classes = classes if classes.shape[1] else _class_indices(logits, requests)
+            scores = output.gather(1, classes.to(output.device)).sum(dim=0).unbind()
+            explain = _CLASS_METHODS[options.method]
+            maps = [explain(model, seen, options, score, score is scores[-1]) for score in scores]
         else:
-            class_indices = None
-            fusions = iter([[fuse_heads(record, options.head_fusion) for record in records]])
-        maps = [_patch_relevance(model, records, each, options.discard, images) for each in fusions]
+            maps = [_rollout(model, seen, options)]
     return BatchMaps(
-        relevance=torch.stack(maps, dim=1),
+        relevance=torch.stack([_on_grid(model, each, images) for each in maps], dim=1),
         logits=logits,
-        class_indices=class_indices,
+        class_indices=classes if about_classes else None,
         requests=requests,
     )
 
@@ -160,36 +248,93 @@ def _class_indices(logits: Tensor, requests: Sequence[ClassRequest]) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def _class_fusions(
-    records: list[Attention], output: Tensor, class_indices: Tensor
-) -> Iterator[list[Fusion]]:
-    """Yield for each map the gradient-weighted fusion of each block."""
-    last = class_indices.shape[1] - 1
-    for position, classes in enumerate(class_indices.T):
-        score = output.gather(1, classes.unsqueeze(1)).sum()
-        gradients = output_gradients(records, score, last=position == last)
-        yield list(map(fuse_with_gradient, records, gradients))
+def _rollout(model: Model, seen: _Seen, options: MethodOptions) -> Tensor:
+    """Roll attention out; (batch, tokens), as all methods."""
+    fusions = [fuse_heads(record, options.head_fusion) for record in seen.records]
+    return _rolled_out(model, seen.records, fusions, options.discard)
 
 
-def _patch_relevance(
-    model: Model,
-    records: list[Attention],
-    fusions: list[Fusion],
-    discard: float,
-    images: Tensor,
+def _grad_rollout(
+    model: Model, seen: _Seen, options: MethodOptions, score: Tensor, last: bool
 ) -> Tensor:
-    """Compute relevance (batch, rows, cols), the part of wᵀR on the patch tokens."""
-    layout = model.layout
-    tokens = records[0].shape[-1]
-    inside = records[: len(records) - layout.tail]
-    if any(record.shape[2:] != (tokens, tokens) for record in inside):
-        raise CaptureError("the number of tokens changes between blocks, so maps do not chain")
-    if layout.tail:
-        readout = pooled_readout(fusions[-layout.tail :], tokens)
-        fusions = fusions[: -layout.tail]
+    """Roll out attention weighted with the gradient of a class."""
+    gradients = output_gradients(seen.records, score, last=last)
+    fusions = list(map(fuse_with_gradient, seen.records, gradients))
+    return _rolled_out(model, seen.records, fusions, options.discard)
+
+
+def _relevance(
+    model: Model, seen: _Seen, options: MethodOptions, score: Tensor, last: bool
+) -> Tensor:
+    """Carry the relevance of a class down through attention that speaks for it."""
+    if options.classic:
+        gradients = output_gradients(seen.records, score, last=last)
+        fusions = list(map(fuse_positive, seen.records, gradients))
+        blocks, fusions, start = _read_out(model, seen.records, fusions)
+        return gradient_relevance(blocks, fusions, start, weigh_values=False)
+    blocks = _blocks(model, seen.records)
+    outputs = [record.output for record in blocks if record.output is not None]
+    *gradients, behind = torch.autograd.grad(
+        score, [*outputs, seen.tokens[-1]], retain_graph=not last
+    )
+    start = signed_evidence(seen.tokens[-1:], [behind]).relu_()
+    start /= start.sum(dim=1, keepdim=True).clamp_(min=torch.finfo(start.dtype).tiny)
+    fusions = list(map(fuse_positive, blocks, gradients))
+    return gradient_relevance(blocks, fusions, start, weigh_values=True)
+
+
+def _evidence(
+    model: Model, seen: _Seen, options: MethodOptions, score: Tensor, last: bool
+) -> Tensor:
+    """Sum what tokens at the blocks' inputs contribute to a class."""
+    inputs = seen.tokens[:-1]
+    gradients = torch.autograd.grad(score, inputs, retain_graph=not last)
+    return signed_evidence(inputs, gradients)
+
+
+_CLASS_METHODS = {
+    Method.GRAD_ROLLOUT: _grad_rollout,
+    Method.RELEVANCE: _relevance,
+    Method.EVIDENCE: _evidence,
+}
+
+
+def _rolled_out(
+    model: Model, records: list[Attention], fusions: list[Fusion], discard: float
+) -> Tensor:
+    """Compute wᵀR (batch, tokens)."""
+    blocks, fusions, readout = _read_out(model, records, fusions)
+    return attention_rollout(blocks, fusions, readout, discard=discard)
+
+
+def _read_out(
+    model: Model, records: list[Attention], fusions: list[Fusion]
+) -> tuple[list[Attention], list[Fusion], Tensor]:
+    """Split off the tail; return the blocks' records and fusions, and w (batch, tokens)."""
+    blocks = _blocks(model, records)
+    batch, tokens = blocks[-1].shape[0], blocks[-1].shape[-1]
+    if model.layout.tail:
+        readout = pooled_readout(fusions[len(blocks) :], tokens)
     else:
-        readout = layout.readout_weights(tokens).to(model.device)
-    relevance = attention_rollout(inside, fusions, readout, discard=discard)
+        readout = model.layout.readout_weights(tokens).to(model.device).expand(batch, tokens)
+    return blocks, fusions[: len(blocks)], readout
+
+
+def _blocks(model: Model, records: list[Attention]) -> list[Attention]:
+    """Leave out the attention that pools the tokens after the blocks."""
+    return records[: len(records) - model.layout.tail]
+
+
+def _expect_chain(model: Model, records: list[Attention]) -> None:
+    """Make sure that each block attends from all tokens to all tokens."""
+    tokens = records[0].shape[-1]
+    if any(record.shape[2:] != (tokens, tokens) for record in _blocks(model, records)):
+        raise CaptureError("the number of tokens changes between blocks, so maps do not chain")
+
+
+def _on_grid(model: Model, relevance: Tensor, images: Tensor) -> Tensor:
+    """Return the relevance (batch, rows, cols) of the patch tokens, of (batch, tokens)."""
+    patches = relevance[:, model.layout.prefix_tokens :]
     height, width = images.shape[-2:]
-    rows, cols = patch_grid(model.module, (height, width), tokens - layout.prefix_tokens)
-    return relevance[:, layout.prefix_tokens :].reshape(-1, rows, cols).float()
+    rows, cols = patch_grid(model.module, (height, width), patches.shape[1])
+    return patches.reshape(-1, rows, cols).float()

@@ -73,13 +73,16 @@ class Explanation:
     def draw(self, kind: Kind) -> NDArray[np.uint8]:
         """Draw a picture of any kind: (height, width, 3) RGB."""
         options, picture = self.pictures, self.sample.picture
-        heat = place_heat(self.relevance, self.sample.region, picture.shape[:2])
+        table = options.table(self.method)
+        heat = place_heat(
+            self.relevance, self.sample.region, picture.shape[:2], signed=self.method.is_signed
+        )
         if kind is Kind.HEATMAP:
-            return color_heat(heat, options.colormap)
-        blended = overlay(picture, heat, options.colormap, options.alpha)
+            return color_heat(heat, table)
+        blended = overlay(picture, heat, table, options.alpha)
         if kind is Kind.OVERLAY:
             return blended
-        return panel([picture, blended, color_heat(heat, options.colormap)], self.caption)
+        return panel([picture, blended, color_heat(heat, table)], self.caption)
 
     @property
     def caption(self) -> str:

@@ -40,27 +40,31 @@ def batch_size_for(tokens: int, device: torch.device) -> int:
     return max(1, min(_MOST_IMAGES, _ACCELERATOR_TOKENS // tokens))
 
 
-def in_lanes(work: Callable[[Tensor], _Part], batch: Tensor, tokens: int) -> list[_Part]:
+def in_lanes(
+    work: Callable[..., _Part], images: Tensor, *others: Tensor, tokens: int
+) -> list[_Part]:
     """Work on a batch in parts: on a processor side by side, elsewhere all at once.
 
     Args:
-        work: What to do with a part.
-        batch: (batch, ...).
+        work: What to do with a part of each tensor.
+        images: (batch, ...).
+        others: (batch, ...), what goes with each image.
         tokens: Length of the sequence that the model makes of an image.
 
     Returns:
         What became of the parts, in order.
     """
-    if batch.device.type != "cpu":
-        return [work(batch)]
+    if images.device.type != "cpu":
+        return [work(images, *others)]
     cores = torch.get_num_threads()
-    parts = torch.split(batch, min(_part_size(tokens), math.ceil(len(batch) / cores)))
+    size = min(_part_size(tokens), math.ceil(len(images) / cores))
+    parts = list(zip(*(torch.split(each, size) for each in (images, *others)), strict=True))
     lanes = min(cores, len(parts))
     if lanes == 1 or tokens > _LONG or not _threads_are_own():
-        return [work(part) for part in parts]
+        return [work(*part) for part in parts]
     try:
         with worker_threads(lanes, partial(torch.set_num_threads, cores // lanes)) as pool:
-            return list(pool.map(work, parts))
+            return list(pool.map(lambda part: work(*part), parts))
     finally:
         torch.set_num_threads(cores)  # of threads that are yet to come
 

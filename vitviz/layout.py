@@ -27,6 +27,7 @@ __all__ = [
     "Readout",
     "TokenLayout",
     "block_names",
+    "blocks_of",
     "check_mixing",
     "check_readout",
     "patch_embedding",
@@ -174,7 +175,7 @@ def read_layout(module: nn.Module, input_size: tuple[int, int]) -> TokenLayout:
     Raises:
         UnsupportedModelError: Rollout is not defined for this model, or its tokens are unknown.
     """
-    blocks = len(_blocks(module))
+    blocks = len(blocks_of(module))
     if not blocks:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no single sequence of transformer blocks, so its "
@@ -226,7 +227,7 @@ def patch_grid(module: nn.Module, input_size: tuple[int, int], patches: int) -> 
 def block_names(module: nn.Module) -> list[str]:
     """Return the names of a model's blocks; empty where they are no single sequence."""
     home = "" if _trunk(module) is module else "encoder."
-    return [f"{home}blocks.{index}" for index in range(len(_blocks(module)))]
+    return [f"{home}blocks.{index}" for index in range(len(blocks_of(module)))]
 
 
 def patch_embedding(module: nn.Module) -> nn.Module | None:
@@ -276,9 +277,9 @@ def check_readout(module: nn.Module, layout: TokenLayout, input_size: tuple[int,
         last.append(tokens.requires_grad_(True))
         return tokens
 
-    handle = _blocks(module)[-1].register_forward_hook(begin)
+    handle = blocks_of(module)[-1].register_forward_hook(begin)
     try:
-        with AttentionCapture(module), _skipped(_blocks(module)) as passed, torch.enable_grad():
+        with AttentionCapture(module), _skipped(blocks_of(module)) as passed, torch.enable_grad():
             output = module(images).flatten(1)
             direction = torch.randn(output.shape[1], generator=generator).to(output)
             (gradient,) = torch.autograd.grad((output[0] * direction).sum(), last)
@@ -343,7 +344,7 @@ def check_mixing(module: nn.Module, input_size: tuple[int, int]) -> None:
         seen.append(_changed(output))
         raise _EnoughSeenError
 
-    blocks = _blocks(module)
+    blocks = blocks_of(module)
     structures = [_structure(block) for block in blocks]
     last = blocks[max(structures.index(structure) for structure in structures)]
     handles = [blocks[0].register_forward_pre_hook(enter), last.register_forward_hook(leave)]
@@ -415,7 +416,8 @@ def _trunk(module: nn.Module) -> nn.Module:
     return encoder if isinstance(encoder, nn.Module) and hasattr(encoder, "blocks") else module
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Return a model's blocks; none where they are no single sequence."""
     blocks = getattr(_trunk(module), "blocks", None)
     return list(blocks) if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else []
 
@@ -435,7 +437,7 @@ class _Running:
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
         handles = []
-        for index, block in enumerate(_blocks(module)):
+        for index, block in enumerate(blocks_of(module)):
             handles += [
                 block.register_forward_pre_hook(partial(self._enter, index)),
                 block.register_forward_hook(self._leave),

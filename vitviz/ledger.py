@@ -158,7 +158,7 @@ class Ledger:
             "model": self.model.name,
             "weights_sha256": self.model.digest,
             "method": method.method.value,
-            "options": {**method.described(), **self.job.pictures.described(kind)},
+            "options": {**method.described(), **self.job.pictures.described(kind, method.method)},
             "fit": self.job.fit.value,
             "preprocessing": asdict(self.model.preprocessing),
             "class": request,
@@ -181,7 +181,7 @@ def run_record(model: Model, job: Job) -> dict[str, Any]:
             "method": job.method.method.value,
             "options": {
                 **job.method.described(),
-                **job.pictures.described(Kind.OVERLAY),
+                **job.pictures.described(Kind.OVERLAY, job.method.method),
                 "fit": job.fit.value,
                 "size": list(model.preprocessing.size),
                 "dtype": str(model.dtype).removeprefix("torch."),

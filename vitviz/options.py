@@ -9,6 +9,7 @@ from pathlib import Path
 from vitviz.errors import OptionError
 
 __all__ = [
+    "AttentionRule",
     "Colormap",
     "Fit",
     "HeadFusion",
@@ -37,6 +38,18 @@ class Method(_Word):
 
     ROLLOUT = "rollout"
     GRAD_ROLLOUT = "grad-rollout"
+    RELEVANCE = "relevance"
+    EVIDENCE = "evidence"
+
+    @property
+    def explains_class(self) -> bool:
+        """Whether its maps are about a class."""
+        return self is not Method.ROLLOUT
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether its maps speak for (positive) and against (negative)."""
+        return self is Method.EVIDENCE
 
 
 class HeadFusion(_Word):
@@ -45,6 +58,13 @@ class HeadFusion(_Word):
     MEAN = "mean"
     MAX = "max"
     MIN = "min"
+
+
+class AttentionRule(_Word):
+    """How relevance passes attention on its way back in ``evidence``."""
+
+    VALUE = "value"
+    SHARED = "shared"
 
 
 class Fit(_Word):
@@ -73,8 +93,9 @@ class Kind(_Word):
 
 
 class Colormap(_Word):
-    """OpenCV's colour tables."""
+    """Colour tables: OpenCV's, and one for maps with a sign, blue over white to red."""
 
+    REDBLUE = "redblue"
     TURBO = "turbo"
     JET = "jet"
     HOT = "hot"
@@ -92,19 +113,27 @@ class MethodOptions:
     """How maps are computed.
 
     Attributes:
-        method: Plain rollout, or rollout weighted with a class's gradient.
-        discard: Share of the lowest fused attention set to 0, per image and block, in [0, 1).
-        start_layer: Blocks before this one are left out; blocks count from 0.
+        method: Which of the methods.
+        discard: Share of the lowest fused attention set to 0, per image and block, in [0, 1);
+            ``rollout`` and ``grad-rollout`` only.
+        start_layer: Blocks before this one are left out; blocks count from 0. None: 0, for
+            ``relevance`` that is not classic half of the blocks; not for ``evidence``.
         head_fusion: Reduction over heads; ``rollout`` only.
-        classes: Class requests as typed (an index, a label, ``top1``, ``top5``);
-            ``grad-rollout`` only.
+        classes: Class requests as typed (an index, a label, ``top1``, ``top5``); for methods that
+            explain a class.
+        classic: Chefer, Gur & Wolf's relevance (ICCV 2021); ``relevance`` only.
+        rule: How attention is passed; ``evidence`` only.
+        refine: How many times finer than patches maps are, along each side.
     """
 
     method: Method = Method.ROLLOUT
     discard: float = 0.9
-    start_layer: int = 0
+    start_layer: int | None = None
     head_fusion: HeadFusion = HeadFusion.MAX
     classes: tuple[str, ...] = ("top1",)
+    classic: bool = False
+    rule: AttentionRule = AttentionRule.VALUE
+    refine: int = 1
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -117,12 +146,29 @@ class MethodOptions:
                 f"--discard is {self.discard:g}, but it is the share of attention set to zero: "
                 "give a number from 0 up to, not including, 1 (0.9, say)"
             )
-        if self.start_layer < 0:
+        if self.start_layer is not None and self.start_layer < 0:
             raise OptionError(f"--start-layer is {self.start_layer}; blocks count from 0")
+        if self.refine < 1:
+            raise OptionError(
+                f"--refine is {self.refine}; give how many times finer than patches a map is, "
+                "from 1 up"
+            )
+
+    def first_block(self, blocks: int) -> int:
+        """Return the block that a method starts with, of a number of blocks."""
+        if self.start_layer is not None:
+            return self.start_layer
+        return blocks // 2 if self.method is Method.RELEVANCE and not self.classic else 0
 
     def described(self) -> dict[str, str | float]:
         """Return the options that shape this method's maps, for records and provenance."""
-        options: dict[str, str | float] = {"discard": self.discard, "start_layer": self.start_layer}
+        options: dict[str, str | float] = {"refine": self.refine}
+        if self.method is Method.EVIDENCE:
+            return {**options, "rule": self.rule.value}
+        if self.method is Method.RELEVANCE:
+            start = "half" if self.start_layer is None and not self.classic else self.start_layer
+            return {**options, "classic": self.classic, "start_layer": start or 0}
+        options |= {"discard": self.discard, "start_layer": self.start_layer or 0}
         if self.method is Method.ROLLOUT:
             options["head_fusion"] = self.head_fusion.value
         return options
@@ -134,13 +180,13 @@ class PictureOptions:
 
     Attributes:
         kinds: What to write for each map.
-        colormap: Table from relevance to colour.
+        colormap: Table from relevance to colour; None: the one for the method.
         alpha: Weight of the heat in an overlay, in [0, 1].
         max_size: Longest side of the pictures, in pixels.
     """
 
     kinds: tuple[Kind, ...] = (Kind.OVERLAY,)
-    colormap: Colormap = Colormap.TURBO
+    colormap: Colormap | None = None
     alpha: float = 0.5
     max_size: int = 1024
 
@@ -155,12 +201,16 @@ class PictureOptions:
         if self.max_size < 1:
             raise OptionError(f"--max-size is {self.max_size}; give a side of at least 1 pixel")
 
-    def described(self, kind: Kind) -> dict[str, str | float]:
+    def table(self, method: Method) -> Colormap:
+        """Return the colour table for a method's maps."""
+        return self.colormap or (Colormap.REDBLUE if method.is_signed else Colormap.TURBO)
+
+    def described(self, kind: Kind, method: Method) -> dict[str, str | float]:
         """Return the options that shape a file of this kind, for records and provenance."""
         if kind is Kind.NPY:
             return {}
         options: dict[str, str | float] = {
-            "colormap": self.colormap.value,
+            "colormap": self.table(method).value,
             "max_size": self.max_size,
         }
         if kind is not Kind.HEATMAP:

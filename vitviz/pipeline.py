@@ -27,9 +27,9 @@ from vitviz.images import Frame, ImageSample, Source, load_sample, read_file, sa
 from vitviz.lanes import batch_size_for
 from vitviz.ledger import Ledger, Result, failure
 from vitviz.models import Model
-from vitviz.options import Fit, Job, Method, MethodOptions, PictureOptions
+from vitviz.options import Fit, Job, MethodOptions, PictureOptions
 from vitviz.outputs import sweep
-from vitviz.render import normalize
+from vitviz.render import is_flat
 from vitviz.streaming import group, in_order, map_ahead, stop_with, worker_threads
 
 __all__ = ["explain", "frame_of", "run", "to_tensor"]
@@ -243,7 +243,7 @@ class _Runner:
         if self._flat_maps:
             cause = (
                 "no attention speaks for the class"
-                if self._job.method.method is Method.GRAD_ROLLOUT
+                if self._job.method.method.explains_class
                 else "attention is the same everywhere"
             )
             self._warn(
@@ -252,7 +252,8 @@ class _Runner:
             )
 
     def _explain_at_once(self, samples: list[ImageSample]) -> list[_Explained | Result]:
-        maps = explain_batch(self._model, to_tensor(self._model, samples), self._job.method)
+        images = to_tensor(self._model, samples)
+        maps = explain_batch(self._model, images, self._job.method, at_once=self._size)
         explained = [
             _explanations(self._model, sample, maps, row, self._job)
             for row, sample in enumerate(samples)
@@ -263,7 +264,7 @@ class _Runner:
         return explained
 
     def _count_flat(self, item: _Explained) -> None:
-        flat = sum(not normalize(explanation.relevance).any() for explanation in item.maps)
+        flat = sum(is_flat(explanation.relevance) for explanation in item.maps)
         if flat and self._first_flat is None:
             self._first_flat = item.sample.source.path
         self._flat_maps += flat

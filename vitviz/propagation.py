@@ -24,7 +24,16 @@ from torch.nn import functional as F
 from vitviz.capture import Attention, GivenAttention
 from vitviz.options import HeadFusion
 
-__all__ = ["Fusion", "attention_rollout", "fuse_heads", "fuse_with_gradient", "pooled_readout"]
+__all__ = [
+    "Fusion",
+    "attention_rollout",
+    "fuse_heads",
+    "fuse_positive",
+    "fuse_with_gradient",
+    "gradient_relevance",
+    "pooled_readout",
+    "signed_evidence",
+]
 
 Fusion = Callable[[slice, slice], Tensor]
 """One block's attention for some images and queries: (images, maps, queries, keys).
@@ -69,6 +78,60 @@ def attention_rollout(
     return relevance
 
 
+def gradient_relevance(
+    records: Sequence[Attention],
+    fusions: Sequence[Fusion],
+    start: Tensor,
+    *,
+    weigh_values: bool,
+) -> Tensor:
+    """Compute r for a batch, r ← r + r·E from the last block down.
+
+    From block 0 and the head's readout it is one row of R ← R + E·R (Chefer, Gur & Wolf 2021,
+    arXiv 2103.15679). Weighing columns by what a value can move follows Wu et al. 2024, "Token
+    Transformation Matters" (arXiv 2403.14552).
+
+    Args:
+        records: One for each block that takes part, in execution order.
+        fusions: E of each of them.
+        start: r behind the last block, (batch, tokens).
+        weigh_values: Multiply column j of E by ‖W_o v_j‖.
+
+    Returns:
+        (batch, tokens).
+
+    Raises:
+        CaptureError: Values are to be weighed, and their projection was not seen.
+    """
+    relevance = start
+    for record, fusion in zip(reversed(records), reversed(fusions), strict=True):
+        gathered = torch.zeros_like(relevance)
+        for images, row_chunks in _chunks(record.shape, _support(relevance)):
+            for rows in row_chunks:
+                gathered[images] += _gather(relevance[images, rows], fusion(images, rows))
+        relevance = relevance + (gathered * record.value_norms() if weigh_values else gathered)
+    return relevance
+
+
+def signed_evidence(tokens: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Average over block inputs x the evidence Σ over channels of x ⊙ ∂y/∂x, sign kept.
+
+    Of a linear network without biases, the evidence of all tokens sums to y.
+
+    Args:
+        tokens: x of each block, (batch, tokens, channels).
+        gradients: ∂y/∂x of each.
+
+    Returns:
+        (batch, tokens).
+    """
+    evidence = [
+        (each.detach() * gradient).sum(dim=-1, dtype=_wide(each))
+        for each, gradient in zip(tokens, gradients, strict=True)
+    ]
+    return torch.stack(evidence).mean(dim=0)
+
+
 def fuse_heads(record: Attention, head_fusion: HeadFusion) -> Fusion:
     """Fuse a block's heads by mean, max or min."""
 
@@ -96,6 +159,17 @@ def fuse_with_gradient(record: Attention, output_gradient: Tensor) -> Fusion:
         weighted = record.probabilities(images, queries)
         weighted *= record.probability_gradients(output_gradient, images, queries)
         return weighted.mean(dim=1, keepdim=True).relu_()
+
+    return fuse
+
+
+def fuse_positive(record: Attention, output_gradient: Tensor) -> Fusion:
+    """Fuse a block's heads by mean over heads of relu(A ⊙ ∂y/∂A); as ``fuse_with_gradient``."""
+
+    def fuse(images: slice, queries: slice) -> Tensor:
+        weighted = record.probabilities(images, queries)
+        weighted *= record.probability_gradients(output_gradient, images, queries)
+        return weighted.relu_()
 
     return fuse
 
@@ -141,9 +215,14 @@ def _through_block(
         # Rows of (F + I)/2 divided by their sums: the halves cancel, the identity adds 1.
         weights = relevance[:, rows] / (_mean(maps.sum(dim=-1)) + 1)
         carried[:, rows] += weights
-        share = (weights / maps.shape[1]).repeat(1, maps.shape[1])
-        carried += torch.bmm(share.unsqueeze(1), maps.flatten(1, 2)).squeeze(1)
+        carried += _gather(weights, maps)
     return carried
+
+
+def _gather(weights: Tensor, maps: Tensor) -> Tensor:
+    """Multiply weights (images, queries) with the mean of maps (images, maps, queries, keys)."""
+    share = (weights / maps.shape[1]).repeat(1, maps.shape[1])
+    return torch.bmm(share.unsqueeze(1), maps.flatten(1, 2)).squeeze(1)
 
 
 def _mean(maps: Tensor) -> Tensor:
@@ -152,9 +231,14 @@ def _mean(maps: Tensor) -> Tensor:
 
 
 def _support(readout: Tensor) -> slice:
-    """Return the stretch of tokens outside of which a readout is 0 everywhere."""
+    """Return the stretch of tokens outside of which a readout is 0 everywhere; at least one."""
     read = readout.reshape(-1, readout.shape[-1]).any(dim=0).nonzero()
-    return slice(int(read.min()), int(read.max()) + 1)
+    return slice(int(read.min()), int(read.max()) + 1) if len(read) else slice(0, 1)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the type for sums over a tensor: at least float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _discard_lowest(fused: Tensor, ratio: float) -> None:

@@ -13,40 +13,59 @@ from PIL import Image, ImageDraw, ImageFont
 from vitviz.images import Region
 from vitviz.options import Colormap
 
-__all__ = ["color_heat", "normalize", "overlay", "panel", "place_heat"]
+__all__ = ["color_heat", "is_flat", "normalize", "overlay", "panel", "place_heat"]
 
 Pixels = NDArray[np.uint8]
 Heat = NDArray[np.float32]
 
 _FLAT = 1e-5  # a range below this share of the largest magnitude counts as constant
+_REDBLUE = (  # C. Brewer's RdBu from its end, without the dark ones, colorbrewer2.org
+    *((33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240), (247, 247, 247)),
+    *((253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43)),
+)
 _GAP = 8  # pixels between the pictures of a panel
 
 
-def normalize(relevance: NDArray[Any]) -> Heat:
-    """Scale relevance to [0, 1] by its minimum and maximum; a constant map gives zeros."""
+def normalize(relevance: NDArray[Any], *, signed: bool = False) -> Heat:
+    """Scale relevance to [0, 1] by its minimum and maximum; a constant map gives no heat.
+
+    Args:
+        relevance: (rows, cols).
+        signed: Whether 0 has a meaning: it goes to ½, and the largest magnitude to 0 or 1.
+    """
     values = np.asarray(relevance, dtype=np.float32)
     low, high = float(values.min()), float(values.max())
-    if high - low <= _FLAT * max(abs(low), abs(high)):
-        return np.zeros_like(values)
+    largest = max(abs(low), abs(high))
+    if high - low <= _FLAT * largest:
+        return np.full_like(values, 0.5 if signed else 0)
+    if signed:
+        low, high = -largest, largest
     return np.asarray((values - low) / (high - low), dtype=np.float32)
 
 
-def place_heat(relevance: NDArray[Any], region: Region, size: tuple[int, int]) -> Heat:
+def is_flat(relevance: NDArray[Any]) -> bool:
+    """Tell whether a map counts as constant."""
+    return not normalize(relevance).any()
+
+
+def place_heat(
+    relevance: NDArray[Any], region: Region, size: tuple[int, int], *, signed: bool = False
+) -> Heat:
     """Interpolate a grid over the region of a picture that the model saw.
 
     Args:
         relevance: (rows, cols).
         region: Where the model looked.
         size: (height, width) of the picture.
+        signed: As for ``normalize``.
 
     Returns:
         (height, width) in [0, 1]; NaN where the model saw nothing.
     """
     heat = np.full(size, np.nan, dtype=np.float32)
     seen = heat[region.pixels(size)]
-    grown = cv2.resize(
-        normalize(relevance), (seen.shape[1], seen.shape[0]), interpolation=cv2.INTER_CUBIC
-    )
+    heat_of_cells = normalize(relevance, signed=signed)
+    grown = cv2.resize(heat_of_cells, (seen.shape[1], seen.shape[0]), interpolation=cv2.INTER_CUBIC)
     np.clip(grown, 0, 1, out=seen)  # a cubic overshoots
     return heat
 
@@ -85,6 +104,11 @@ def panel(pictures: list[Pixels], caption: str) -> Pixels:
 @lru_cache
 def _color_table(colormap: Colormap) -> Pixels:
     """Return the 256 RGB colours (256, 1, 3) of a colormap."""
+    if colormap is Colormap.REDBLUE:
+        levels = (np.arange(256) - 128) / 127  # 128 is what ½ is rounded to
+        places = np.linspace(-1, 1, len(_REDBLUE))
+        channels = [np.interp(levels, places, values) for values in zip(*_REDBLUE, strict=True)]
+        return np.asarray(np.rint(np.stack(channels, axis=-1)), dtype=np.uint8)[:, None]
     ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
     table = cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{colormap.value.upper()}"))
     return np.asarray(cv2.cvtColor(table, cv2.COLOR_BGR2RGB), dtype=np.uint8)

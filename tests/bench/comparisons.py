@@ -46,7 +46,7 @@ def overhead(
     times = alternate(
         setting.rounds(15),
         plain=lambda: run(images),
-        side_by_side=lambda: in_lanes(run, images, model.layout.tokens),
+        side_by_side=lambda: in_lanes(run, images, tokens=model.layout.tokens),
         vitviz=lambda: explain_batch(model, images, options),
     )
     label = f"{_described(options)}, batch {BATCH} ÷ {_named(plain)}{_on(device)}"
