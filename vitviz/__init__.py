@@ -24,6 +24,7 @@ _HOMES = {
     "PictureOptions": "vitviz.options",
     "Prediction": "vitviz.explanation",
     "VitvizError": "vitviz.errors",
+    "attention": "vitviz.api",
     "evidence": "vitviz.api",
     "grad_rollout": "vitviz.api",
     "load_model": "vitviz.models",

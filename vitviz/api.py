@@ -14,7 +14,7 @@ from vitviz.models import Model
 from vitviz.options import AttentionRule, Fit, HeadFusion, Method, MethodOptions, PictureOptions
 from vitviz.pipeline import explain
 
-__all__ = ["evidence", "grad_rollout", "relevance", "rollout"]
+__all__ = ["attention", "evidence", "grad_rollout", "relevance", "rollout"]
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]]
 Classes = int | str | Iterable[int | str]
@@ -186,6 +186,38 @@ def evidence(
         rule=AttentionRule(rule),
         refine=refine,
     )
+    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+
+
+def attention(
+    model: Model,
+    images: Images,
+    *,
+    query: tuple[int, int] | None = None,
+    refine: int = 1,
+    fit: Fit | str = Fit.SQUASH,
+    batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
+) -> list[Explanation]:
+    """Return raw attention, blocks and heads apart; it draws itself as a contact sheet.
+
+    Args:
+        model: From ``load_model``; it is left as it was.
+        images: As for ``rollout``.
+        query: (row, col) of the patch whose attention is wanted; None: the tokens that the
+            model's head reads.
+        refine: As for ``rollout``.
+        fit: As for ``rollout``.
+        batch_size: As for ``rollout``.
+        pictures: As for ``rollout``.
+
+    Returns:
+        One explanation an image, its relevance (blocks, heads, rows, cols).
+
+    Raises:
+        VitvizError: An option or an image is not usable.
+    """
+    options = MethodOptions(method=Method.ATTENTION, query=query, refine=refine)
     return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import inspect as introspection
 import json
@@ -386,6 +387,23 @@ def evidence(
     _explain(run, MethodOptions(method=Method.EVIDENCE, classes=tuple(classes), rule=rule))
 
 
+@app.command()
+@_with_options(RunOptions)
+def attention(
+    run: RunOptions,
+    query: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW,COL",
+            help="Show what this patch attends to, instead of what the head reads.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write raw attention: a contact sheet for each image, blocks by heads."""
+    _explain(run, MethodOptions(method=Method.ATTENTION, query=_patch(query)))
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code.
 
@@ -526,6 +544,16 @@ def _size(word: str | None) -> tuple[int, int] | None:
     return int(sides[1]), int(sides[2] or sides[1])
 
 
+def _patch(word: str | None) -> tuple[int, int] | None:
+    """Read "3,5" (row, column)."""
+    if word is None:
+        return None
+    places = re.fullmatch(r"(\d+),(\d+)", word)
+    if not places:
+        raise OptionError(f"--query is {word!r}; give the ROW,COL of a patch, like 3,5")
+    return int(places[1]), int(places[2])
+
+
 @contextmanager
 def _importing() -> Iterator[None]:
     """Import torch and timm without looking for garbage among what they make: a fifth faster."""
@@ -534,6 +562,7 @@ def _importing() -> Iterator[None]:
         yield
     finally:
         gc.freeze()  # nor later on: all of it is there to stay
+        atexit.register(gc.unfreeze)  # until the end: triton complains of what is left over
         gc.enable()
 
 

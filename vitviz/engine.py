@@ -17,20 +17,21 @@ from vitviz.lanes import in_lanes
 from vitviz.layout import blocks_of, patch_grid
 from vitviz.linearization import LinearizedBackward, constant_attention
 from vitviz.models import Model
-from vitviz.options import AttentionRule, Method, MethodOptions
+from vitviz.options import AttentionRule, HeadFusion, Method, MethodOptions
 from vitviz.propagation import (
     Fusion,
     attention_rollout,
     fuse_heads,
     fuse_positive,
     fuse_with_gradient,
+    gathered_by_heads,
     gradient_relevance,
     pooled_readout,
     signed_evidence,
 )
 from vitviz.refinement import place_back, shifted, shifts
 
-__all__ = ["BatchMaps", "class_requests", "explain_batch"]
+__all__ = ["BatchMaps", "class_requests", "expect_query", "explain_batch"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +40,7 @@ class BatchMaps:
 
     Attributes:
         relevance: (batch, maps, rows, cols), float32 on the CPU, before any normalisation; not
-            finite where there is none.
+            finite where there is none. Raw attention has (batch, 1, blocks, heads, rows, cols).
         logits: (batch, classes), on the CPU; classes is 0 for a model without a head.
         class_indices: (batch, maps), the class of each map; None for a class-agnostic method.
         requests: What each map was asked for; empty for a class-agnostic method.
@@ -58,7 +59,8 @@ def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, 
         The requests; empty for a class-agnostic method.
 
     Raises:
-        OptionError: ``start_layer`` leaves no block, or there is no logit to take gradients of.
+        OptionError: ``start_layer`` leaves no block, patches are too small for ``refine``, or
+            there is no logit to take gradients of.
         LabelError: A class request fits no class of the model.
     """
     if options.first_block(model.layout.blocks) >= model.layout.blocks:
@@ -66,6 +68,7 @@ def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, 
             f"--start-layer is {options.start_layer}, but {model.name} has {model.layout.blocks} "
             f"blocks; give a number from 0 to {model.layout.blocks - 1}"
         )
+    shifts(options.refine, model.preprocessing.patch)
     if not options.method.explains_class:
         return ()
     if not model.num_classes:
@@ -188,10 +191,12 @@ class _Seen:
     Attributes:
         records: Attention of the blocks that take part, and of the tail.
         tokens: Tokens before, between and after the blocks, where a method asks for them.
+        grid: (rows, cols) of the patch tokens.
     """
 
     records: list[Attention]
     tokens: list[Tensor]
+    grid: tuple[int, int]
 
 
 def _explain_part(
@@ -218,8 +223,8 @@ def _explain_part(
             output = model.module(images)
             start = options.first_block(model.layout.blocks)
             records = capture.take(model.layout.calls)[start:]
-            seen = _Seen(records=records, tokens=capture.take_tokens())
-        _expect_chain(model, records)
+            grid = _expect_grid(model, records, images)
+            seen = _Seen(records=records, tokens=capture.take_tokens(), grid=grid)
         logits = output.detach().float().cpu() if model.num_classes else torch.empty(len(images), 0)
         if about_classes:
             classes = classes if classes.shape[1] else _class_indices(logits, requests)
@@ -227,9 +232,9 @@ def _explain_part(
             explain = _CLASS_METHODS[options.method]
             maps = [explain(model, seen, options, score, score is scores[-1]) for score in scores]
         else:
-            maps = [_rollout(model, seen, options)]
+            maps = [_IMAGE_METHODS[options.method](model, seen, options)]
     return BatchMaps(
-        relevance=torch.stack([_on_grid(model, each, images) for each in maps], dim=1),
+        relevance=torch.stack([_on_grid(model, each, grid) for each in maps], dim=1),
         logits=logits,
         class_indices=classes if about_classes else None,
         requests=requests,
@@ -252,6 +257,16 @@ def _rollout(model: Model, seen: _Seen, options: MethodOptions) -> Tensor:
     """Roll attention out; (batch, tokens), as all methods."""
     fusions = [fuse_heads(record, options.head_fusion) for record in seen.records]
     return _rolled_out(model, seen.records, fusions, options.discard)
+
+
+def _attention(model: Model, seen: _Seen, options: MethodOptions) -> Tensor:
+    """Leave blocks and heads apart; (batch, blocks, heads, tokens)."""
+    if options.query is None:
+        fusions = [fuse_heads(record, HeadFusion.MEAN) for record in seen.records]
+        _, _, readout = _read_out(model, seen.records, fusions)
+    else:
+        readout = _row_of(model, options.query, seen)
+    return gathered_by_heads(_blocks(model, seen.records), readout)
 
 
 def _grad_rollout(
@@ -292,6 +307,7 @@ def _evidence(
     return signed_evidence(inputs, gradients)
 
 
+_IMAGE_METHODS = {Method.ROLLOUT: _rollout, Method.ATTENTION: _attention}
 _CLASS_METHODS = {
     Method.GRAD_ROLLOUT: _grad_rollout,
     Method.RELEVANCE: _relevance,
@@ -325,16 +341,37 @@ def _blocks(model: Model, records: list[Attention]) -> list[Attention]:
     return records[: len(records) - model.layout.tail]
 
 
-def _expect_chain(model: Model, records: list[Attention]) -> None:
-    """Make sure that each block attends from all tokens to all tokens."""
+def _row_of(model: Model, query: tuple[int, int], seen: _Seen) -> Tensor:
+    """Return the w (batch, tokens) that names one patch alone."""
+    expect_query(query, seen.grid)
+    batch, tokens = seen.records[0].shape[0], seen.records[0].shape[-1]
+    token = model.layout.prefix_tokens + query[0] * seen.grid[1] + query[1]
+    return torch.eye(tokens, device=model.device)[token].expand(batch, tokens)
+
+
+def _expect_grid(model: Model, records: list[Attention], images: Tensor) -> tuple[int, int]:
+    """Make sure that all blocks attend from all tokens to all; return the patches' (rows, cols)."""
     tokens = records[0].shape[-1]
     if any(record.shape[2:] != (tokens, tokens) for record in _blocks(model, records)):
         raise CaptureError("the number of tokens changes between blocks, so maps do not chain")
-
-
-def _on_grid(model: Model, relevance: Tensor, images: Tensor) -> Tensor:
-    """Return the relevance (batch, rows, cols) of the patch tokens, of (batch, tokens)."""
-    patches = relevance[:, model.layout.prefix_tokens :]
     height, width = images.shape[-2:]
-    rows, cols = patch_grid(model.module, (height, width), patches.shape[1])
-    return patches.reshape(-1, rows, cols).float()
+    return patch_grid(model.module, (height, width), tokens - model.layout.prefix_tokens)
+
+
+def expect_query(query: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Make sure that a patch is on the grid.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if not all(0 <= place < side for place, side in zip(query, grid, strict=True)):
+        raise OptionError(
+            f"--query is {query[0]},{query[1]}, but this makes {grid[0]} × {grid[1]} patches; "
+            f"give ROW,COL from 0,0 to {grid[0] - 1},{grid[1] - 1}"
+        )
+
+
+def _on_grid(model: Model, relevance: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the relevance (..., rows, cols) of the patch tokens, of (..., tokens)."""
+    patches = relevance[..., model.layout.prefix_tokens :]
+    return patches.reshape(*patches.shape[:-1], *grid).float()

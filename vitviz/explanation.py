@@ -12,7 +12,14 @@ from PIL import Image
 from vitviz.errors import printable
 from vitviz.images import ImageSample
 from vitviz.options import Kind, Method, PictureOptions
-from vitviz.render import color_heat, overlay, panel, place_heat
+from vitviz.render import (
+    color_heat,
+    contact_sheet,
+    overlay,
+    panel,
+    place_heat,
+    shrink_to_cell,
+)
 
 __all__ = ["Explanation", "Prediction"]
 
@@ -38,7 +45,8 @@ class Explanation:
 
     Attributes:
         method: How it was computed.
-        relevance: (rows, cols) float32, before any normalisation.
+        relevance: (rows, cols) float32, before any normalisation; of raw attention
+            (blocks, heads, rows, cols).
         sample: The image.
         request: Name of the class request (``c281``, ``top1``); None when class-agnostic.
         class_index: The class that it explains; None when class-agnostic.
@@ -72,14 +80,25 @@ class Explanation:
 
     def draw(self, kind: Kind) -> NDArray[np.uint8]:
         """Draw a picture of any kind: (height, width, 3) RGB."""
-        options, picture = self.pictures, self.sample.picture
-        table = options.table(self.method)
-        heat = place_heat(
-            self.relevance, self.sample.region, picture.shape[:2], signed=self.method.is_signed
+        if self.method is not Method.ATTENTION:
+            return self._draw_map(self.relevance, self.sample.picture, kind)
+        if kind is Kind.PANEL:
+            return panel([self.draw(Kind.OVERLAY), self.draw(Kind.HEATMAP)], self.caption)
+        blocks, heads = self.relevance.shape[:2]
+        cell = shrink_to_cell(self.sample.picture, blocks, heads, self.pictures.max_size)
+        return contact_sheet(
+            [[self._draw_map(head, cell, kind) for head in block] for block in self.relevance]
         )
+
+    def _draw_map(
+        self, relevance: NDArray[np.float32], picture: NDArray[np.uint8], kind: Kind
+    ) -> NDArray[np.uint8]:
+        """Draw one map (rows, cols)."""
+        signed, table = self.method.is_signed, self.pictures.table(self.method)
+        heat = place_heat(relevance, self.sample.region, picture.shape[:2], signed=signed)
         if kind is Kind.HEATMAP:
             return color_heat(heat, table)
-        blended = overlay(picture, heat, table, options.alpha)
+        blended = overlay(picture, heat, table, self.pictures.alpha)
         if kind is Kind.OVERLAY:
             return blended
         return panel([picture, blended, color_heat(heat, table)], self.caption)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from vitviz.errors import OptionError
 
@@ -40,11 +41,12 @@ class Method(_Word):
     GRAD_ROLLOUT = "grad-rollout"
     RELEVANCE = "relevance"
     EVIDENCE = "evidence"
+    ATTENTION = "attention"
 
     @property
     def explains_class(self) -> bool:
         """Whether its maps are about a class."""
-        return self is not Method.ROLLOUT
+        return self not in (Method.ROLLOUT, Method.ATTENTION)
 
     @property
     def is_signed(self) -> bool:
@@ -123,6 +125,8 @@ class MethodOptions:
             explain a class.
         classic: Chefer, Gur & Wolf's relevance (ICCV 2021); ``relevance`` only.
         rule: How attention is passed; ``evidence`` only.
+        query: (row, col) of the patch whose attention is shown; None: the tokens that the head
+            reads; ``attention`` only.
         refine: How many times finer than patches maps are, along each side.
     """
 
@@ -133,6 +137,7 @@ class MethodOptions:
     classes: tuple[str, ...] = ("top1",)
     classic: bool = False
     rule: AttentionRule = AttentionRule.VALUE
+    query: tuple[int, int] | None = None
     refine: int = 1
 
     def __post_init__(self) -> None:
@@ -160,9 +165,11 @@ class MethodOptions:
             return self.start_layer
         return blocks // 2 if self.method is Method.RELEVANCE and not self.classic else 0
 
-    def described(self) -> dict[str, str | float]:
+    def described(self) -> dict[str, Any]:
         """Return the options that shape this method's maps, for records and provenance."""
-        options: dict[str, str | float] = {"refine": self.refine}
+        options: dict[str, Any] = {"refine": self.refine}
+        if self.method is Method.ATTENTION:
+            return {**options, "query": self.query}
         if self.method is Method.EVIDENCE:
             return {**options, "rule": self.rule.value}
         if self.method is Method.RELEVANCE:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitviz.engine import BatchMaps, class_requests, explain_batch
+from vitviz.engine import BatchMaps, class_requests, expect_query, explain_batch
 from vitviz.errors import ImageError, ModelError, OptionError, OutputError
 from vitviz.explanation import Explanation, Prediction
 from vitviz.images import Frame, ImageSample, Source, load_sample, read_file, sample_of
@@ -64,7 +64,7 @@ def run(
     """
     requests = tuple(request.key for request in class_requests(model, job.method)) or (None,)
     ledger = Ledger(model=model, job=job, requests=requests)
-    frame = frame_of(model, job.fit)
+    frame = _frame(model, job)
     ledger.refuse_overwriting(sources)
     sweep({job.output, *(path.parent for each in sources for path, _, _ in ledger.files(each))})
     with worker_threads(job.workers) as pool:
@@ -102,7 +102,7 @@ def explain(
         raise OptionError("expected a list of images, and got one; write [image]")
     pictures = pictures or PictureOptions()
     job = Job(method=method, pictures=pictures, fit=fit, batch_size=batch_size)
-    frame = frame_of(model, fit)
+    frame = _frame(model, job)
 
     def load(numbered: tuple[int, Any]) -> ImageSample | Result:
         number, image = numbered
@@ -143,6 +143,13 @@ def frame_of(model: Model, fit: Fit) -> Frame:
         resample=Image.Resampling[expected.interpolation.upper()],
         crop_pct=expected.crop_pct,
     )
+
+
+def _frame(model: Model, job: Job) -> Frame:
+    """Return how images are brought to the model, once it is sure that the job fits that."""
+    if job.method.query and job.fit is not Fit.NATIVE:  # there, grids differ
+        expect_query(job.method.query, model.layout.grid)
+    return frame_of(model, job.fit)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,14 +234,18 @@ class _Runner:
             try:
                 yield from self._explain_at_once(batch)
                 samples = samples[len(batch) :]
+            except OptionError as error:  # other shapes may have the patch that is asked for
+                yield from (failure(sample.source, error) for sample in batch)
+                samples = samples[len(batch) :]
             except MemoryError as error:
-                if len(batch) == 1:
+                crowd = min(self._size, len(batch) * self._job.method.refine**2)
+                if crowd == 1:
                     yield failure(batch[0].source, error)
                     samples = samples[1:]
                     continue
-                self._size = math.ceil(len(batch) / 2)
+                self._size = math.ceil(crowd / 2)
                 self._warn(
-                    f"not enough memory for {len(batch)} images at once: going on with "
+                    f"not enough memory for {crowd} images at once: going on with "
                     f"{self._size} (--batch-size {self._size} says so from the start)"
                 )
 

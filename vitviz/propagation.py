@@ -30,6 +30,7 @@ __all__ = [
     "fuse_heads",
     "fuse_positive",
     "fuse_with_gradient",
+    "gathered_by_heads",
     "gradient_relevance",
     "pooled_readout",
     "signed_evidence",
@@ -111,6 +112,32 @@ def gradient_relevance(
                 gathered[images] += _gather(relevance[images, rows], fusion(images, rows))
         relevance = relevance + (gathered * record.value_norms() if weigh_values else gathered)
     return relevance
+
+
+def gathered_by_heads(records: Sequence[Attention], readout: Tensor) -> Tensor:
+    """Compute wᵀA of each head of each block, which is what the tokens that w names attend to.
+
+    Args:
+        records: One for each block, in execution order.
+        readout: w, (batch, tokens).
+
+    Returns:
+        (batch, blocks, heads, tokens).
+    """
+    blocks = []
+    for record in records:
+        of_block = [
+            sum(
+                (
+                    (readout[images, None, None, rows] @ record.probabilities(images, rows))
+                    for rows in row_chunks
+                ),
+                start=torch.zeros((), device=readout.device),
+            )
+            for images, row_chunks in _chunks(record.shape, _support(readout))
+        ]
+        blocks.append(torch.cat(of_block).squeeze(2))
+    return torch.stack(blocks, dim=1)
 
 
 def signed_evidence(tokens: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
