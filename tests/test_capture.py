@@ -485,3 +485,123 @@ def test_more_keys_than_queries_are_recorded() -> None:
     record, scores, _ = _recorded(_Attend(), keys=9)
     assert record.shape == (BATCH, HEADS, TOKENS, 9)
     _assert_probabilities(record, _softmax_of(scores / WIDTH**0.5))
+
+
+def test_bias_of_two_queries_is_told_apart() -> None:
+    query, key = _drawn(BATCH, HEADS, 2, WIDTH, seed=2), _drawn(BATCH, HEADS, TOKENS, WIDTH, seed=3)
+    bias = 2 * _drawn(2, TOKENS)
+    attend = _Attend(attn_mask=bias)
+    with AttentionCapture(attend) as capture:
+        attend(query, key, key)
+        (record,) = capture.take(1)
+    scores = query.double().numpy() @ key.double().numpy().swapaxes(-1, -2)
+    expected = _softmax_of(scores / WIDTH**0.5 + bias.double().numpy())
+    for rows in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        part = record.probabilities(EVERYTHING, rows).numpy()
+        np.testing.assert_allclose(part, expected[:, :, rows], atol=1e-6)
+
+
+@pytest.mark.parametrize("queries", [2, TOKENS])
+@pytest.mark.parametrize("key_heads", [1, 2, HEADS])
+def test_isolated_query_gets_the_value_of_its_own_token(key_heads: int, queries: int) -> None:
+    query = _drawn(BATCH, HEADS, queries, WIDTH, seed=2)
+    key, value = (_drawn(BATCH, key_heads, TOKENS, WIDTH, seed=seed) for seed in (3, 4))
+    attend = _Attend(enable_gqa=True)
+    with AttentionCapture(attend, isolate=True):
+        output = attend(query, key, value)
+    expected = np.repeat(value.numpy(), HEADS // key_heads, axis=1)[:, :, :queries]
+    np.testing.assert_array_equal(output.numpy(), expected)
+
+
+class _MixHeads(nn.Module):
+    """Attention computed without torch's function, as with talking heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn_drop = nn.Dropout(0.5)
+
+    def forward(self, attention: Tensor, value: Tensor) -> Tensor:
+        return self.attn_drop(attention) @ value
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_isolation_replaces_a_modules_own_attention_in_its_precision(dtype: torch.dtype) -> None:
+    attention = _drawn(BATCH, HEADS, TOKENS, TOKENS).softmax(dim=-1).to(dtype)
+    value = _drawn(BATCH, HEADS, TOKENS, WIDTH, seed=2).to(dtype)
+    mix_heads = _MixHeads()
+    with AttentionCapture(mix_heads, isolate=True):
+        output = mix_heads(attention, value)
+    assert torch.equal(output, value)
+
+
+@pytest.mark.parametrize("first_gradient", [None, 0, 2])
+def test_graph_begins_at_the_first_call_asked_for(first_gradient: int | None) -> None:
+    """What comes before holds neither graph nor values: a waste of memory on a large model."""
+    model = PLAIN.build()
+    first = 4 if first_gradient is None else first_gradient
+    with AttentionCapture(model, first_gradient=first_gradient) as capture, torch.enable_grad():
+        logits = model(PLAIN.images(1))
+        records = capture.take(4)
+    assert logits.requires_grad == (first < 4)
+    assert [record.output is not None for record in records] == [
+        index >= first for index in range(4)
+    ]
+    assert [record.value is not None for record in records] == [
+        index >= first for index in range(4)
+    ]
+
+
+def test_probabilities_of_a_double_precision_model_stay_double() -> None:
+    model = PLAIN.build().double()
+    with AttentionCapture(model) as capture, torch.no_grad():
+        model(PLAIN.images().double())
+        records = capture.take(4)
+    for record, expected in zip(records, traced(PLAIN).attention, strict=True):
+        probabilities = record.probabilities(EVERYTHING, EVERYTHING).numpy()
+        assert np.abs(probabilities - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        _Attend(attn_mask=torch.ones(TOKENS, TOKENS, dtype=torch.bool, device="meta")),
+        _Attend(is_causal=True),
+    ],
+    ids=["boolean", "causal"],
+)
+def test_mask_is_recorded_on_the_device_of_its_call(attend: _Attend) -> None:
+    """The meta device stands for any but the processor; it computes shapes alone."""
+    query = torch.empty(BATCH, HEADS, TOKENS, WIDTH, device="meta")
+    with AttentionCapture(attend) as capture:
+        attend(query, query, query)
+        (record,) = capture.take(1)
+    assert record.bias.device.type == "meta"
+    assert record.probabilities(EVERYTHING, EVERYTHING).shape == record.shape
+
+
+class _AttendAndDrop(nn.Module):
+    """Torch's own attention, with a dropout behind it that bears the name of the one within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused_attn = True
+        self.attn_drop = nn.Dropout(0.5)
+
+    def forward(self, query: Tensor) -> Tensor:
+        return self.attn_drop(F.scaled_dot_product_attention(query, query, query))
+
+
+def test_attention_with_a_dropout_behind_it_is_recorded_once() -> None:
+    attend = _AttendAndDrop()
+    with AttentionCapture(attend) as capture:
+        attend(_drawn(BATCH, HEADS, TOKENS, WIDTH))
+        (record,) = capture.take(1)
+    assert record.shape == (BATCH, HEADS, TOKENS, TOKENS)
+
+
+def test_wrong_count_names_the_model() -> None:
+    with (
+        AttentionCapture(PLAIN.build()) as capture,
+        pytest.raises(CaptureError, match=r"\bVisionTransformer\b"),
+    ):
+        capture.take(1)

@@ -156,3 +156,38 @@ def test_batches_fill_the_lanes() -> None:
     assert batch_size_for(17, cpu) == 64
     assert batch_size_for(197, torch.device("cuda")) == 64
     assert batch_size_for(100_000, torch.device("cuda")) == 1
+
+
+def test_accelerator_has_the_whole_batch_at_once() -> None:
+    """The meta device stands for any but the processor."""
+    batch = torch.empty(100, 3, device="meta")
+    (whole,) = in_lanes(lambda part: part, batch, tokens=200)
+    assert whole is batch
+
+
+@pytest.mark.parametrize(("tokens", "images"), [(577, 22), (1000, 12), (12800, 1), (12801, 1)])
+def test_batches_on_an_accelerator_are_of_whole_images(tokens: int, images: int) -> None:
+    size = batch_size_for(tokens, torch.device("cuda"))
+    assert isinstance(size, int)
+    assert size == images
+
+
+def test_lanes_are_as_many_as_threads_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    together = threading.Barrier(3)
+
+    def work(part: Tensor) -> str:
+        together.wait(timeout=30)  # raises unless three threads have a part each
+        return threading.current_thread().name
+
+    assert len(set(in_lanes(work, torch.zeros(3), tokens=800))) == 3
+
+
+@pytest.mark.parametrize(("backend", "own"), [("OpenMP", True), ("native thread pool", False)])
+def test_threads_are_own_where_the_backend_is_openmp(
+    monkeypatch: pytest.MonkeyPatch, backend: str, own: bool
+) -> None:
+    """Torch names OpenMP among the libraries too, whether it runs in its threads or not."""
+    info = f"OpenMP 201511\n\tomp_get_max_threads() : 3\nATen parallel backend: {backend}\n"
+    monkeypatch.setattr(torch.__config__, "parallel_info", lambda: info)
+    assert lanes._threads_are_own() is own

@@ -155,3 +155,45 @@ def test_processor_and_accelerator_discard_the_same(count: int) -> None:
     propagation._zero_by_topk(there, count)
     assert torch.equal(here, there)
     assert ((here == 0).sum(dim=1) == count).all()
+
+
+def test_entries_on_an_accelerator_are_discarded_there() -> None:
+    """The meta device stands for any but the processor; it computes shapes, and moves nothing."""
+    propagation._discard_lowest(torch.empty(2, 5, 5, device="meta"), 0.5)
+
+
+@pytest.mark.parametrize("discard", [0, 0.5])
+def test_one_block_alone_is_read_through_its_own_attention(discard: float) -> None:
+    record = attention(2, 3, 6)
+    fuse = fuse_heads(record, HeadFusion.MAX)
+    found = attention_rollout([record], [fuse], torch.eye(6)[0], discard=discard)
+    for image in range(2):
+        fused = record.probabilities(EVERYTHING, EVERYTHING)[image].double().numpy().max(axis=0)
+        fused[fused < np.sort(fused, axis=None)[int(discard * 36)]] = 0
+        row = fused[0] + np.eye(6)[0]
+        np.testing.assert_allclose(found[image].numpy(), row / row.sum(), rtol=1e-5)
+
+
+def test_block_without_its_fusion_is_an_error() -> None:
+    records = [attention(1, 2, 4, seed=seed) for seed in (10, 20)]
+    fusions = [fuse_heads(records[1], HeadFusion.MEAN)]
+    with pytest.raises(ValueError, match="argument"):
+        attention_rollout(records, fusions, torch.eye(4)[0], discard=0)
+
+
+@pytest.mark.parametrize("entries", [1, 40, 100, 170, 400, 1000])
+def test_no_piece_is_larger_than_asked_for(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
+    """One row of all heads is the least that there can be."""
+    record = attention(3, 2, 9)
+    fuse = fuse_heads(record, HeadFusion.MEAN)
+    sizes: list[int] = []
+
+    def noted(images: slice, queries: slice) -> Tensor:
+        piece = fuse(images, queries)
+        sizes.append(piece.numel())
+        return piece
+
+    monkeypatch.setattr(propagation, "_CHUNK_ENTRIES", entries)
+    attention_rollout([record], [noted], torch.full((9,), 1 / 9), discard=0)
+    assert sum(sizes) == 3 * 2 * 9 * 9
+    assert max(sizes) <= max(entries, 2 * 9)
