@@ -22,6 +22,7 @@ ORDER = (
         "propagation",
         "linearization",
         "refinement",
+        "sanity",
         "layout",
         "labels",
         "weights",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import inspect as introspection
 import json
@@ -562,7 +561,6 @@ def _importing() -> Iterator[None]:
         yield
     finally:
         gc.freeze()  # nor later on: all of it is there to stay
-        atexit.register(gc.unfreeze)  # until the end: triton complains of what is left over
         gc.enable()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from vitviz.propagation import (
     signed_evidence,
 )
 from vitviz.refinement import place_back, shifted, shifts
+from vitviz.sanity import leverage, outlier_tokens, prefix_attention
 
 __all__ = ["BatchMaps", "class_requests", "expect_query", "explain_batch"]
 
@@ -44,12 +46,18 @@ class BatchMaps:
         logits: (batch, classes), on the CPU; classes is 0 for a model without a head.
         class_indices: (batch, maps), the class of each map; None for a class-agnostic method.
         requests: What each map was asked for; empty for a class-agnostic method.
+        prefix_attention: (batch), share of attention that goes to prefix tokens.
+        outlier_tokens: (batch), number of patch tokens of large norm.
+        leverage: (batch, maps), what the gradients could move; None for a class-agnostic method.
     """
 
     relevance: Tensor
     logits: Tensor
     class_indices: Tensor | None
     requests: tuple[ClassRequest, ...]
+    prefix_attention: Tensor
+    outlier_tokens: Tensor
+    leverage: Tensor | None
 
 
 def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, ...]:
@@ -128,6 +136,7 @@ def _captured(model: Model, options: MethodOptions) -> Iterator[AttentionCapture
     """Capture what a method needs."""
     method, start = options.method, options.first_block(model.layout.blocks)
     from_attention = method in (Method.GRAD_ROLLOUT, Method.RELEVANCE)
+    blocks = blocks_of(model.module)
     with ExitStack() as stack:
         if _is_linearized(options):
             stack.enter_context(constant_attention(model.module))
@@ -135,7 +144,7 @@ def _captured(model: Model, options: MethodOptions) -> Iterator[AttentionCapture
             AttentionCapture(
                 model.module,
                 first_gradient=start if from_attention else None,
-                blocks=blocks_of(model.module) if _is_linearized(options) else (),
+                blocks=blocks if method is Method.EVIDENCE else blocks[-1:],
             )
         )
 
@@ -164,13 +173,12 @@ def _in_parts(
     """Explain a batch in parts, and put them together."""
     classes = torch.empty(len(images), 0) if class_indices is None else class_indices
     parts = in_lanes(work, images, classes, tokens=tokens)
-    indices = [part.class_indices for part in parts if part.class_indices is not None]
-    return BatchMaps(
-        relevance=torch.cat([part.relevance for part in parts]).cpu(),
-        logits=torch.cat([part.logits for part in parts]),
-        class_indices=torch.cat(indices) if indices else None,
-        requests=parts[0].requests,
-    )
+    joined: dict[str, Any] = {
+        field.name: torch.cat([getattr(part, field.name) for part in parts]).cpu()
+        for field in fields(BatchMaps)
+        if isinstance(getattr(parts[0], field.name), Tensor)
+    }
+    return replace(parts[0], **joined)
 
 
 @contextmanager
@@ -190,7 +198,7 @@ class _Seen:
 
     Attributes:
         records: Attention of the blocks that take part, and of the tail.
-        tokens: Tokens before, between and after the blocks, where a method asks for them.
+        tokens: Tokens before and after the last block; for evidence, before and after each.
         grid: (rows, cols) of the patch tokens.
     """
 
@@ -230,14 +238,21 @@ def _explain_part(
             classes = classes if classes.shape[1] else _class_indices(logits, requests)
             scores = output.gather(1, classes.to(output.device)).sum(dim=0).unbind()
             explain = _CLASS_METHODS[options.method]
-            maps = [explain(model, seen, options, score, score is scores[-1]) for score in scores]
+            found = [explain(model, seen, options, score, score is scores[-1]) for score in scores]
+            maps = [relevance for relevance, _ in found]
+            leverages = torch.stack([leverage for _, leverage in found], dim=1)
         else:
-            maps = [_IMAGE_METHODS[options.method](model, seen, options)]
+            maps, leverages = [_IMAGE_METHODS[options.method](model, seen, options)], None
+        readout = model.layout.readout_weights(records[0].shape[-1])
+        in_prefix = prefix_attention(_blocks(model, records), readout, model.layout.prefix_tokens)
     return BatchMaps(
         relevance=torch.stack([_on_grid(model, each, grid) for each in maps], dim=1),
         logits=logits,
         class_indices=classes if about_classes else None,
         requests=requests,
+        prefix_attention=in_prefix,
+        outlier_tokens=outlier_tokens(seen.tokens[-1], model.layout.prefix_tokens),
+        leverage=leverages,
     )
 
 
@@ -271,22 +286,24 @@ def _attention(model: Model, seen: _Seen, options: MethodOptions) -> Tensor:
 
 def _grad_rollout(
     model: Model, seen: _Seen, options: MethodOptions, score: Tensor, last: bool
-) -> Tensor:
-    """Roll out attention weighted with the gradient of a class."""
+) -> tuple[Tensor, Tensor]:
+    """Roll out attention weighted with the gradient of a class; relevance and leverage."""
     gradients = output_gradients(seen.records, score, last=last)
     fusions = list(map(fuse_with_gradient, seen.records, gradients))
-    return _rolled_out(model, seen.records, fusions, options.discard)
+    relevance = _rolled_out(model, seen.records, fusions, options.discard)
+    return relevance, _leverage(seen.records[-1], gradients[-1])
 
 
 def _relevance(
     model: Model, seen: _Seen, options: MethodOptions, score: Tensor, last: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Carry the relevance of a class down through attention that speaks for it."""
     if options.classic:
         gradients = output_gradients(seen.records, score, last=last)
         fusions = list(map(fuse_positive, seen.records, gradients))
         blocks, fusions, start = _read_out(model, seen.records, fusions)
-        return gradient_relevance(blocks, fusions, start, weigh_values=False)
+        relevance = gradient_relevance(blocks, fusions, start, weigh_values=False)
+        return relevance, _leverage(seen.records[-1], gradients[-1])
     blocks = _blocks(model, seen.records)
     outputs = [record.output for record in blocks if record.output is not None]
     *gradients, behind = torch.autograd.grad(
@@ -295,16 +312,17 @@ def _relevance(
     start = signed_evidence(seen.tokens[-1:], [behind]).relu_()
     start /= start.sum(dim=1, keepdim=True).clamp_(min=torch.finfo(start.dtype).tiny)
     fusions = list(map(fuse_positive, blocks, gradients))
-    return gradient_relevance(blocks, fusions, start, weigh_values=True)
+    relevance = gradient_relevance(blocks, fusions, start, weigh_values=True)
+    return relevance, leverage(seen.tokens[-1], behind)
 
 
 def _evidence(
     model: Model, seen: _Seen, options: MethodOptions, score: Tensor, last: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sum what tokens at the blocks' inputs contribute to a class."""
     inputs = seen.tokens[:-1]
     gradients = torch.autograd.grad(score, inputs, retain_graph=not last)
-    return signed_evidence(inputs, gradients)
+    return signed_evidence(inputs, gradients), leverage(inputs[-1], gradients[-1])
 
 
 _IMAGE_METHODS = {Method.ROLLOUT: _rollout, Method.ATTENTION: _attention}
@@ -313,6 +331,12 @@ _CLASS_METHODS = {
     Method.RELEVANCE: _relevance,
     Method.EVIDENCE: _evidence,
 }
+
+
+def _leverage(record: Attention, gradient: Tensor) -> Tensor:
+    """Compute the leverage of an attention's output."""
+    assert record.output is not None
+    return leverage(record.output, gradient)
 
 
 def _rolled_out(

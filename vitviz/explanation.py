@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from vitviz.errors import printable
 from vitviz.images import ImageSample
 from vitviz.options import Kind, Method, PictureOptions
 from vitviz.render import (
+    FLAT,
     color_heat,
     contact_sheet,
     overlay,
@@ -21,7 +23,11 @@ from vitviz.render import (
     shrink_to_cell,
 )
 
-__all__ = ["Explanation", "Prediction"]
+__all__ = ["Doubt", "Explanation", "Prediction", "Sanity"]
+
+_CROWDED = 0.5  # share of attention
+_EVEN = 0.05  # of its largest magnitude
+_POWERLESS = 1e-3  # of a logit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,55 @@ class Prediction:
     score: float
 
 
+class Doubt(Enum):
+    """Why a picture may mislead: what it is about, and why that is."""
+
+    FLAT = ("maps without any heat", "all patches count alike, attention is the same everywhere")
+    FLAT_FOR_CLASS = (
+        "maps without any heat",
+        "all patches count alike, for no attention speaks for the class",
+    )
+    EVEN = ("maps that are nearly the same everywhere", "colours make more of them than there is")
+    PREFIX = (
+        "maps of images with most attention on prefix tokens",
+        "what is there, no map shows",
+    )
+    OUTLIERS = (
+        "maps of images with a few patch tokens of very large norm",
+        "heat on these says nothing of their place",
+    )
+    POWERLESS = ("maps of classes with next to no gradient", "little that is drawn moves the class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sanity:
+    """Numbers that tell when a map may mislead.
+
+    Attributes:
+        prefix_attention: Share of the attention that goes to prefix tokens, which no map shows.
+        outlier_tokens: Patch tokens of more than five times the median norm behind the blocks.
+        contrast: Range of the map as a share of its largest magnitude.
+        leverage: ‖x‖·‖∂y/∂x‖ at the last block, in units of the logit y; None without a class.
+    """
+
+    prefix_attention: float
+    outlier_tokens: int
+    contrast: float
+    leverage: float | None
+
+    def doubts(self) -> list[Doubt]:
+        """Say why the picture may mislead; nothing where it need not."""
+        about_class = self.leverage is not None
+        found = [
+            (self.contrast <= FLAT, Doubt.FLAT_FOR_CLASS if about_class else Doubt.FLAT),
+            (FLAT < self.contrast < _EVEN, Doubt.EVEN),
+            (self.prefix_attention > _CROWDED, Doubt.PREFIX),
+            (self.outlier_tokens > 0, Doubt.OUTLIERS),
+            (self.leverage is not None and self.leverage < _POWERLESS, Doubt.POWERLESS),
+        ]
+        return [doubt for is_so, doubt in found if is_so]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Explanation:
     """One relevance map.
@@ -54,11 +109,13 @@ class Explanation:
         class_score: That class's score.
         predictions: The image's five best classes; empty for a model without a head.
         pictures: How to draw it.
+        sanity: Numbers that tell when it may mislead.
     """
 
     method: Method
     relevance: NDArray[np.float32]
     sample: ImageSample
+    sanity: Sanity | None = None
     request: str | None = None
     class_index: int | None = None
     class_label: str | None = None

@@ -19,7 +19,7 @@ import torch
 import vitviz
 from vitviz.engine import class_requests
 from vitviz.errors import OutputError, SourceError, VitvizError
-from vitviz.explanation import Explanation, Prediction
+from vitviz.explanation import Explanation, Prediction, Sanity
 from vitviz.images import ImageFile, ImageSample, Source
 from vitviz.models import Model
 from vitviz.options import Job, Kind
@@ -38,12 +38,13 @@ __all__ = ["Ledger", "Output", "Result", "failure", "run_record", "versions"]
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """One written file."""
+    """One written file; without sanity where it was there already."""
 
     kind: str
     path: Path
     class_index: int | None
     class_label: str | None
+    sanity: Sanity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class Ledger:
                 explanation = by_request[request]
                 provenance = self._provenance(sample, request, kind, explanation)
                 write_whole(path, encode(explanation, kind, provenance), provenance)
-                outputs.append(_output(path, kind, provenance))
+                outputs.append(_output(path, kind, provenance, explanation.sanity))
         except MemoryError as error:
             return replace(failure(source, error), outputs=tuple(outputs))
         except OutputError as error:
@@ -217,10 +218,11 @@ def failure(source: Source, error: VitvizError | MemoryError) -> Result:
     return Result(source=source, status="failed", error=text)
 
 
-def _output(path: Path, kind: Kind, provenance: Provenance) -> Output:
+def _output(path: Path, kind: Kind, provenance: Provenance, sanity: Sanity | None = None) -> Output:
     return Output(
         kind=kind.value,
         path=path,
         class_index=provenance.class_index,
         class_label=provenance.class_label,
+        sanity=sanity,
     )

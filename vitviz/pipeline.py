@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +23,14 @@ from torch import Tensor
 
 from vitviz.engine import BatchMaps, class_requests, expect_query, explain_batch
 from vitviz.errors import ImageError, ModelError, OptionError, OutputError
-from vitviz.explanation import Explanation, Prediction
+from vitviz.explanation import Doubt, Explanation, Prediction, Sanity
 from vitviz.images import Frame, ImageSample, Source, load_sample, read_file, sample_of
 from vitviz.lanes import batch_size_for
 from vitviz.ledger import Ledger, Result, failure
 from vitviz.models import Model
 from vitviz.options import Fit, Job, MethodOptions, PictureOptions
 from vitviz.outputs import sweep
-from vitviz.render import is_flat
+from vitviz.render import contrast
 from vitviz.streaming import group, in_order, map_ahead, stop_with, worker_threads
 
 __all__ = ["explain", "frame_of", "run", "to_tensor"]
@@ -206,7 +207,7 @@ def _explained(
             samples = [item for item in batch if isinstance(item, ImageSample)]
             results = [item for item in batch if isinstance(item, Result)]
             yield from zip(numbers, results or runner.explain(samples), strict=True)
-        runner.tell_of_flat_maps()
+        runner.tell_doubts()
 
     return in_order(numbered())
 
@@ -224,8 +225,8 @@ class _Runner:
         self._job = job
         self._size = size
         self._warn = warn
-        self._flat_maps = 0
-        self._first_flat: Path | None = None
+        self._doubts: Counter[Doubt] = Counter()
+        self._first: dict[Doubt, Path] = {}
 
     def explain(self, samples: list[ImageSample]) -> Iterator[_Explained | Result]:
         """Explain samples; where memory is short, in halves, and only a single one fails."""
@@ -249,18 +250,11 @@ class _Runner:
                     f"{self._size} (--batch-size {self._size} says so from the start)"
                 )
 
-    def tell_of_flat_maps(self) -> None:
-        """Say once how many maps are without heat, since they look like a cold image."""
-        if self._flat_maps:
-            cause = (
-                "no attention speaks for the class"
-                if self._job.method.method.explains_class
-                else "attention is the same everywhere"
-            )
-            self._warn(
-                f"maps without any heat: {self._flat_maps}, the first of {self._first_flat}: all "
-                f"patches count alike, for {cause}"
-            )
+    def tell_doubts(self) -> None:
+        """Say once for each reason how many maps may mislead."""
+        for doubt, count in self._doubts.items():
+            what, why = doubt.value
+            self._warn(f"{what}: {count}, the first of {self._first[doubt]}: {why}")
 
     def _explain_at_once(self, samples: list[ImageSample]) -> list[_Explained | Result]:
         images = to_tensor(self._model, samples)
@@ -271,14 +265,14 @@ class _Runner:
         ]
         for item in explained:
             if isinstance(item, _Explained):
-                self._count_flat(item)
+                self._count_doubts(item)
         return explained
 
-    def _count_flat(self, item: _Explained) -> None:
-        flat = sum(is_flat(explanation.relevance) for explanation in item.maps)
-        if flat and self._first_flat is None:
-            self._first_flat = item.sample.source.path
-        self._flat_maps += flat
+    def _count_doubts(self, item: _Explained) -> None:
+        for explanation in item.maps:
+            for doubt in explanation.sanity.doubts() if explanation.sanity else ():
+                self._doubts[doubt] += 1
+                self._first.setdefault(doubt, item.sample.source.path)
 
 
 def to_tensor(model: Model, samples: list[ImageSample]) -> Tensor:
@@ -313,8 +307,15 @@ def _explanations(
     )
     maps = []
     for position, values in enumerate(relevance):
+        leverage = None if batch.leverage is None else float(batch.leverage[row, position])
         common = {
             "method": job.method.method,
+            "sanity": Sanity(
+                prefix_attention=float(batch.prefix_attention[row]),
+                outlier_tokens=int(batch.outlier_tokens[row]),
+                contrast=contrast(values.numpy()),
+                leverage=leverage,
+            ),
             "relevance": values.numpy(),
             "sample": sample,
             "predictions": predictions,

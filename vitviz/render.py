@@ -14,9 +14,10 @@ from vitviz.images import Region
 from vitviz.options import Colormap
 
 __all__ = [
+    "FLAT",
     "color_heat",
     "contact_sheet",
-    "is_flat",
+    "contrast",
     "normalize",
     "overlay",
     "panel",
@@ -27,7 +28,9 @@ __all__ = [
 Pixels = NDArray[np.uint8]
 Heat = NDArray[np.float32]
 
-_FLAT = 1e-5  # a range below this share of the largest magnitude counts as constant
+FLAT = 1e-5
+"""A range of at most this share of the largest magnitude counts as constant."""
+
 _REDBLUE = (  # C. Brewer's RdBu from its end, without the dark ones, colorbrewer2.org
     *((33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240), (247, 247, 247)),
     *((253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43)),
@@ -46,18 +49,20 @@ def normalize(relevance: NDArray[Any], *, signed: bool = False) -> Heat:
         signed: Whether 0 has a meaning: it goes to ½, and the largest magnitude to 0 or 1.
     """
     values = np.asarray(relevance, dtype=np.float32)
-    low, high = float(values.min()), float(values.max())
-    largest = max(abs(low), abs(high))
-    if high - low <= _FLAT * largest:
+    if contrast(values) <= FLAT:
         return np.full_like(values, 0.5 if signed else 0)
+    low, high = float(values.min()), float(values.max())
     if signed:
-        low, high = -largest, largest
+        high = max(-low, high)
+        low = -high
     return np.asarray((values - low) / (high - low), dtype=np.float32)
 
 
-def is_flat(relevance: NDArray[Any]) -> bool:
-    """Tell whether a map counts as constant."""
-    return not normalize(relevance).any()
+def contrast(relevance: NDArray[Any]) -> float:
+    """Return the range of a map as a share of its largest magnitude; 0 for a map of zeros."""
+    low, high = float(relevance.min()), float(relevance.max())
+    largest = max(abs(low), abs(high))
+    return (high - low) / largest if largest else 0.0
 
 
 def place_heat(

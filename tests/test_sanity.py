@@ -1,0 +1,124 @@
+"""Numbers that tell when a map may mislead, and when they are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import vitviz
+from comparison import loaded, traced
+from fixtures_io import picture, save_pictures, tiny_model, tiny_module
+from tiny import CASES, TinyCase
+from vitviz.engine import explain_batch
+from vitviz.explanation import Doubt, Sanity
+from vitviz.images import find_sources
+from vitviz.models import load_model
+from vitviz.options import Job, Method, MethodOptions
+from vitviz.pipeline import run
+from vitviz.sanity import leverage, outlier_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SOUND: dict[str, Any] = {
+    "prefix_attention": 0.2,
+    "outlier_tokens": 0,
+    "contrast": 0.9,
+    "leverage": 5.0,
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prefix_attention_equals_reference(case: TinyCase) -> None:
+    read = case.readout(case.tokens) > 0
+    expected = [
+        np.mean([block[image][:, read, : case.prefix_tokens].sum(-1) for block in attention])
+        for attention in [traced(case).attention]
+        for image in range(len(attention[0]))
+    ]
+    found = explain_batch(loaded(case), case.images(), MethodOptions()).prefix_attention
+    exact = read.sum() <= 16  # more are asked in part
+    np.testing.assert_allclose(found, expected, atol=1e-6 if exact else 0.05)
+
+
+def test_outliers_are_counted_for_each_image_and_among_patches_alone() -> None:
+    tokens = torch.ones(2, 12, 4)
+    tokens[:, 0] *= 100  # a class token
+    tokens[1, 3] *= 5.1
+    tokens[1, 7] *= 4.9
+    assert outlier_tokens(tokens, 1).tolist() == [0, 1]
+    assert outlier_tokens(tokens, 0).tolist() == [1, 2]
+
+
+def test_leverage_bounds_what_wiping_out_a_token_changes() -> None:
+    values = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    gradient = torch.tensor([[6.0, 8.0], [0.0, 2.0]])
+    assert leverage(values, gradient).tolist() == [50.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "doubt"),
+    [
+        ({"prefix_attention": 0.51}, Doubt.PREFIX),
+        ({"outlier_tokens": 1}, Doubt.OUTLIERS),
+        ({"contrast": 0.04}, Doubt.EVEN),
+        ({"contrast": 1e-6}, Doubt.FLAT_FOR_CLASS),
+        ({"contrast": 0.0, "leverage": None}, Doubt.FLAT),
+        ({"leverage": 1e-4}, Doubt.POWERLESS),
+    ],
+)
+def test_what_may_mislead_is_doubted(changed: dict[str, Any], doubt: Doubt) -> None:
+    assert Sanity(**{**SOUND, **changed}).doubts() == [doubt]
+
+
+def test_sound_map_is_not_doubted() -> None:
+    assert not Sanity(**SOUND).doubts()
+    assert not Sanity(**{**SOUND, "leverage": None}).doubts()
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_each_file_of_each_method_has_its_numbers(method: Method, tmp_path: Path) -> None:
+    save_pictures(tmp_path, ["a.png", "b.png"])
+    sources, _ = find_sources([str(tmp_path)])
+    options = MethodOptions(method=method, classes=("top1",))
+    job = Job(method=options, output=tmp_path / "out")
+    results = list(run(tiny_model(), sources, job, warn=lambda text: None))
+    sanities = [output.sanity for result in results for output in result.outputs]
+    assert len(sanities) == 2
+    for sanity in sanities:
+        assert sanity is not None
+        assert 0 < sanity.prefix_attention < 1
+        assert 0 < sanity.contrast <= 2
+        assert (sanity.leverage is not None) == method.explains_class
+        assert sanity.leverage is None or sanity.leverage > 0
+
+
+def test_tokens_of_large_norm_are_told_once(tmp_path: Path) -> None:
+    module = tiny_module()
+
+    def blow_up(block: object, inputs: object, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tokens[:, :-1], 1000 * tokens[:, -1:]], dim=1)
+
+    model = load_model(module, device="cpu")
+    module.blocks[-1].register_forward_hook(blow_up)
+    save_pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    sources, _ = find_sources([str(tmp_path)])
+    told: list[str] = []
+    list(run(model, sources, Job(output=tmp_path / "out", batch_size=2), warn=told.append))
+    (line,) = told
+    assert line.startswith("maps of images with a few patch tokens of very large norm: 3, the")
+    assert "a.png" in line
+
+
+def test_numbers_are_those_of_the_image_as_it_is() -> None:
+    """A refined map has the numbers of the image that was not shifted."""
+    coarse, fine = (
+        vitviz.grad_rollout(tiny_model(), [picture(64, 64)], refine=refine)[0].sanity
+        for refine in (1, 2)
+    )
+    assert coarse is not None
+    assert fine is not None
+    assert fine.prefix_attention == pytest.approx(coarse.prefix_attention)
+    assert fine.leverage == pytest.approx(coarse.leverage)
