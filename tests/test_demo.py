@@ -14,7 +14,7 @@ from PIL import Image
 
 import vitviz
 import vitviz.engine
-from vitviz.demo import CLASSES
+from vitviz.demo import CLASSES, evaluate
 from vitviz.demo.evaluate import FIRST_SEED, Figures, measure
 from vitviz.demo.scenes import Scene, paint_scene
 
@@ -111,3 +111,9 @@ def test_a_run_over_the_samples_does_not_take_the_masks() -> None:
     found, _ = find_sources([str(SAMPLES)])
     assert [source.path for source in found] == sorted(SAMPLES.glob("*.png"))
     assert 8 <= len(found) <= 12
+
+
+@pytest.mark.parametrize("heat", [0.5, 0.0])
+def test_map_that_is_the_same_everywhere_has_the_energy_of_chance(heat: float) -> None:
+    relevance = np.full((12, 12), heat, np.float32)
+    assert evaluate._energy(relevance, scenes(500)[0].mask) == pytest.approx(1)

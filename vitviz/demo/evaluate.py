@@ -112,6 +112,8 @@ def _energy(relevance: NDArray[np.float32], mask: NDArray[np.uint8]) -> float:
     rows, cols = relevance.shape
     patch = mask.shape[0] // rows
     area = (mask > 0).reshape(rows, patch, cols, patch).mean(axis=(1, 3))
+    if not relevance.any():  # no heat: all patches count alike
+        return 1.0
     return float((relevance * area).sum() / relevance.sum() / area.mean())
 
 
