@@ -327,3 +327,9 @@ def test_names_are_not_read_as_markup(deit: Anatomy) -> None:
     lines = shown(replace(deit, name="[red]a[/red] [/nope]", error="[bold]what[/x]"))
     assert "[red]a[/red] [/nope]" in lines[0]
     assert any("[bold]what[/x]" in line for line in lines)
+
+
+def test_drop_path_starts_at_zero_where_the_first_block_never_drops() -> None:
+    blocks = describe(tiny_vit(drop_path_rate=0.2), "tiny").blocks
+    assert blocks is not None
+    assert blocks.kinds[0].drop_path == pytest.approx((0, 0.2))

@@ -828,13 +828,14 @@ def _layer_scales(block: nn.Module) -> tuple[str, ...]:
 
 
 def _drop_path(blocks: list[nn.Module]) -> tuple[float, float] | None:
-    rates = [
-        float(getattr(part, "drop_prob", 0.0) or 0.0)
-        for block in blocks
-        for part in block.modules()
-        if _is_drop_path(part)
-    ]
-    return (min(rates), max(rates)) if rates and max(rates) > 0 else None
+    rates = [_drop_rate(block) for block in blocks]
+    return (min(rates), max(rates)) if max(rates) > 0 else None
+
+
+def _drop_rate(block: nn.Module) -> float:
+    """Return how often a block drops a branch; one that never does has no module for it."""
+    parts = filter(_is_drop_path, block.modules())
+    return max((float(getattr(part, "drop_prob", 0.0) or 0.0) for part in parts), default=0.0)
 
 
 def _is_drop_path(part: nn.Module) -> bool:
