@@ -333,3 +333,11 @@ def test_drop_path_starts_at_zero_where_the_first_block_never_drops() -> None:
     blocks = describe(tiny_vit(drop_path_rate=0.2), "tiny").blocks
     assert blocks is not None
     assert blocks.kinds[0].drop_path == pytest.approx((0, 0.2))
+
+
+def test_class_token_of_another_sequence_is_not_taken_off_the_patch_tokens() -> None:
+    # CrossViT has two sequences, of 12 and of 16 pixels a patch, each with its class token.
+    part = describe(build_skeleton("crossvit_tiny_240"), "crossvit_tiny_240").tokenization
+    assert part.patches is not None
+    assert part.tokens == 401
+    assert (part.patches.patch_tokens, part.patches.grid) == (20 * 20, (20, 20))

@@ -457,7 +457,12 @@ def _measure_tokenization(subject: _Subject, support: Support) -> Tokenization:
     joined = [meeting for meeting in trace.encounters if _adds_tokens(subject, meeting)]
     extra = tuple(_extra_tokens(subject, meeting) for meeting in joined)
     tokens = _token_count(shape)
-    front = sum(token.count for token in extra if token.joins == "before the blocks")
+    # Of a model with two sequences (CrossViT), the blocks' first is meant: its tokens are as wide.
+    front = sum(
+        meeting.constant_shape[-2]
+        for meeting in joined
+        if shape and meeting.step < subject.first and meeting.constant_shape[-1] == shape[-1]
+    )
     patches = _patch_embedding(subject, None if tokens is None else tokens - front)
     if patches and patches.grid is None and support.grid:
         patches = replace(patches, grid=support.grid)
