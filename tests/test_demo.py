@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,22 @@ def test_a_run_over_the_samples_does_not_take_the_masks() -> None:
 def test_map_that_is_the_same_everywhere_has_the_energy_of_chance(heat: float) -> None:
     relevance = np.full((12, 12), heat, np.float32)
     assert evaluate._energy(relevance, scenes(500)[0].mask) == pytest.approx(1)
+
+
+def test_figures_are_printed_as_they_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--scenes", "12"])
+    monkeypatch.setenv("COLUMNS", "100")
+    evaluate.main()
+    said = " ".join(capsys.readouterr().out.split())
+    expected = measure(demo(), scenes(500)[:12])
+    assert f"all labels right (12 scenes) │ {expected.exact:.1%}" in said
+    assert f"points at the class ({expected.maps} maps) │ {expected.asked:.1%}" in said
+    assert f"energy on objects / area │ {expected.energy:.2f}" in said
+
+
+def test_scenes_of_one_object_ask_for_no_class() -> None:
+    single = [scene for scene in scenes(500) if len(scene.objects) == 1][:2]
+    found = measure(demo(), single)
+    assert (found.scenes, found.maps, found.asked, found.other) == (2, 0, 0, 0)
