@@ -169,3 +169,26 @@ def test_models_command_names_no_model_in_one_line(capsys: pytest.CaptureFixture
 def test_model_object_is_taken_as_it_is(option: dict[str, object]) -> None:
     with pytest.raises(OptionError, match="model object"):
         load_model(timm.create_model("test_vit"), **option)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("import no_such_package", ModuleNotFoundError),
+        ("import my", ModuleNotFoundError),  # how the module's own name starts
+        ("import timm\ntimm.no_such_thing", AttributeError),
+        ("1 / 0", ZeroDivisionError),
+    ],
+)
+def test_mistake_in_the_users_module_is_seen_as_it_is(
+    own_module: str, content: str, error: type[Exception]
+) -> None:
+    Path("my_vits.py").write_text(content)
+    with pytest.raises(error):
+        load_model(f"{own_module}:tiny", device="cpu")
+
+
+def test_factory_is_found_from_the_working_directory_however_often(own_module: str) -> None:
+    for _ in range(2):
+        load_model(f"{own_module}:tiny", device="cpu")
+    assert sys.path.count(str(Path.cwd())) == 1

@@ -219,15 +219,16 @@ def _call_factory(name: str, arguments: dict[str, Any]) -> nn.Module:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        factory = getattr(importlib.import_module(home), function)
+        own = importlib.import_module(home)
     except ModuleNotFoundError as error:
-        if error.name is None or not home.startswith(error.name):
+        if not f"{home}.".startswith(f"{error.name}."):
             raise  # something that the user's own module imports
         raise ModelError(
             f"no module {home!r} to take {function} from; is it in this folder?"
         ) from error
-    except AttributeError as error:
-        raise ModelError(f"module {home} has no {function}; expected a function") from error
+    factory = getattr(own, function, None)
+    if factory is None:
+        raise ModelError(f"module {home} has no {function}; expected a function")
     module = factory(**arguments)
     if not isinstance(module, nn.Module):
         raise ModelError(f"{name} gave a {type(module).__name__}; expected a timm model")
