@@ -40,12 +40,13 @@ FILES = {
     "/timm/test_vit.r160_in1k/resolve/main/model.safetensors": CONTENT,
     "/someone/tuned/resolve/main/model.safetensors": Path(sys.argv[2]).read_bytes(),
     "/someone/tuned/resolve/main/config.json": CONFIG,
+    "/someone/bare/resolve/main/config.json": CONFIG,
 }
 asked: list[str] = []
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves two models; is broken for a third, and silent for a fourth."""
+    """Serves two models and a config alone; is broken for another, and silent for the last."""
 
     def log_message(self, *_: object) -> None:
         """Keep quiet."""
@@ -79,7 +80,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-KNOWN = ("timm/test_vit.r160_in1k", "someone/tuned")
+KNOWN = ("timm/test_vit.r160_in1k", "someone/tuned", "someone/bare")
 server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 server.daemon_threads = True
 serving = threading.Thread(target=server.serve_forever, daemon=True)
@@ -135,6 +136,7 @@ story = {
     "again": attempt("test_vit.r160_in1k"),
     "tuned": attempt("hf-hub:someone/tuned"),
     "unknown": attempt("hf-hub:someone/unknown"),
+    "bare": attempt("hf-hub:someone/bare"),
     "invalid": attempt("hf-hub:not/a/valid/name"),
     "nameless": attempt("hf-hub:"),
     "broken": attempt("test_vit4"),

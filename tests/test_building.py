@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import timm.models
@@ -192,3 +194,64 @@ def test_factory_is_found_from_the_working_directory_however_often(own_module: s
     for _ in range(2):
         load_model(f"{own_module}:tiny", device="cpu")
     assert sys.path.count(str(Path.cwd())) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("cait_xxs24_224", {"fit": "native"}, r"--fit native .* --img-size"),
+        ("cait_xxs24_224", {"fit": "native", "img_size": (64, 96)}, "--fit native"),
+        ("resnet18", {"img_size": (64, 64)}, "no other image size than its own"),
+    ],
+)
+def test_model_that_cannot_be_built_for_the_images_is_refused(
+    name: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ModelError, match=says) as caught:
+        load_model(name, device="cpu", **options)
+    assert name in str(caught.value)
+
+
+def test_model_that_nobody_has_trained_wants_weights() -> None:
+    with pytest.raises(WeightsError, match=r"no pretrained weights.*--weights"):
+        load_model("vit_giant_patch14_224", device="cpu")
+
+
+# Weights that timm has at an address of their own, beside the hub
+IJEPA = "vit_huge_patch14_gap_224.in1k_ijepa"
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Forbid downloads; return where torch keeps them."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.mark.usefixtures("offline")
+def test_weights_at_an_address_are_missed_before_anything_is_built() -> None:
+    with pytest.raises(WeightsError, match=rf"{IJEPA} is not in the cache.*HF_HUB_OFFLINE"):
+        load_model(IJEPA, device="cpu")
+
+
+def test_weights_at_an_address_are_taken_from_torchs_cache(
+    offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = timm.create_model("test_vit").pretrained_cfg
+    away = {**config, "url": "https://nowhere.invalid/folder/w.safetensors?x=1", "hf_hub_id": None}
+    create = timm.create_model
+
+    def create_elsewhere(name: str, **arguments: Any) -> Any:
+        return create(name, **arguments, pretrained_cfg=away)
+
+    monkeypatch.setattr(timm, "create_model", create_elsewhere)
+    torch.manual_seed(0)
+    state = create("test_vit").state_dict()
+    with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
+        load_model("test_vit", device="cpu")
+    offline.mkdir(parents=True)
+    save_file(state, offline / "w.safetensors")
+    model = load_model("test_vit", device="cpu")
+    assert model.weights == "pretrained"
+    assert torch.equal(model.module.state_dict()["head.weight"], state["head.weight"])

@@ -23,7 +23,7 @@ from torch import Tensor
 from fixtures_io import NAME, SIZE, at_most, run_process, save_tiny, tiny_module, tiny_state
 from vitviz.errors import WeightsError
 from vitviz.models import Model, load_model
-from vitviz.weights import digest_weights, read_checkpoint
+from vitviz.weights import digest_weights, fetch_from_hub, read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -479,3 +479,37 @@ def test_hub_that_does_not_deliver_ends_in_one_line(story: dict[str, Any], case:
 def test_hub_that_falls_silent_is_given_up(story: dict[str, Any]) -> None:
     assert "error" in story["silent"], story["silent"]
     assert story["silent"]["seconds"] < 10
+
+
+def test_hub_model_without_weights_is_told_which_were_looked_for(story: dict[str, Any]) -> None:
+    error = story["bare"].get("error", "")
+    assert "someone/bare has none of model.safetensors, pytorch_model.bin" in error
+    assert "--weights" in error
+
+
+@pytest.mark.parametrize(
+    ("asked", "cached"),
+    [
+        (None, "model.safetensors"),
+        (None, "pytorch_model.bin"),
+        ("pytorch_model.bin", "pytorch_model.safetensors"),
+        ("pytorch_model.bin", "pytorch_model.bin"),
+        ("open_clip_pytorch_model.bin", "open_clip_model.safetensors"),
+        ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors"),
+        ("augreg.npz", "augreg.npz"),
+    ],
+)
+def test_file_of_the_cache_is_found_under_the_names_that_timm_tries(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, cached: str
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = empty_cache / "models--someone--tuned"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    snapshot = folder / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "beside.txt").touch()
+    with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
+        fetch_from_hub("someone/tuned", asked)
+    (snapshot / cached).touch()
+    assert fetch_from_hub("someone/tuned", asked) == snapshot / cached
