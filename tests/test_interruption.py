@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +122,9 @@ def test_killed_at_any_moment_and_run_again_ends_as_if_undisturbed(
     lasted = time.monotonic() - begin
     assert whole.code == 0, whole.err
     kills = left = 0
+    attempts = count()
     while kills < KILLS:
-        out = tmp_path / f"out{kills}"
+        out = tmp_path / f"out{next(attempts)}"  # a finished one would leave nothing to kill
         for _ in range(IN_A_ROW):
             child = nursery.start(*command, "-o", out, cwd=photos.parent, prelude=SLOW_DISK)
             child.wait_for_output()
