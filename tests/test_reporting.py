@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from vitviz.images import Source
+from vitviz.ledger import Result
+from vitviz.reporting import Reporter, discard
+
 SCENES = Path(__file__).parents[1] / "sample_images" / "scenes"
 
 
@@ -57,3 +61,22 @@ def test_bar_shows_how_many_are_done_and_is_gone_in_the_end(session: str) -> Non
     assert "/10" in session
     last = session.rstrip().splitlines()[-1]
     assert last.startswith("\x1b[1A\x1b[2K10 written, 0 skipped, 0 failed")  # over the bar's line
+
+
+def test_quiet_terminal_shows_paths_alone(tmp_path: Path) -> None:
+    scene = SCENES / "star-ring.png"
+    said = on_a_terminal("rollout", str(scene), "-m", "demo", "-o", str(tmp_path), "--quiet")
+    (line,) = said.splitlines()
+    assert line.endswith("star-ring.png.rollout.png")
+    assert "\x1b" not in said
+
+
+def test_reader_that_leaves_is_no_full_disk(tmp_path: Path) -> None:
+    result = Result(source=Source(path=Path("a.png"), key="a.png"), status="written")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, pytest.MonkeyPatch.context() as patch:  # noqa: PTH123
+        patch.setattr(sys, "stdout", stdout)
+        with pytest.raises(BrokenPipeError):
+            Reporter(quiet=True, as_json=True).show([result], 1, {})
+        discard(stdout)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 from typing import NoReturn
 
@@ -17,7 +18,24 @@ def main() -> NoReturn:
         signal.signal(number, _leave_at_once)
     from vitviz.cli import main as run
 
-    run()
+    try:
+        run()
+    except SystemExit as left:
+        _leave(left)
+
+
+def _leave(left: SystemExit) -> NoReturn:
+    """Leave; where torch is loaded, without taking apart what it has made.
+
+    That takes a second and more, and the bindings of Triton, which torch brings for GPUs, complain
+    at length of objects that the garbage collector was told to leave alone.
+    """
+    if "torch" in sys.modules and isinstance(left.code, int):
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed before we came
+                stream.flush()
+        os._exit(left.code)
+    raise left
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
