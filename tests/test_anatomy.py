@@ -341,3 +341,18 @@ def test_class_token_of_another_sequence_is_not_taken_off_the_patch_tokens() -> 
     assert part.patches is not None
     assert part.tokens == 401
     assert (part.patches.patch_tokens, part.patches.grid) == (20 * 20, (20, 20))
+
+
+def test_position_that_is_added_in_place_is_seen() -> None:
+    class InPlace(VisionTransformer):
+        def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.flatten(1, 2) if self.dynamic_img_size else x
+            x += self.pos_embed
+            return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+
+    with torch.device("meta"):
+        settings = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}
+        module = InPlace(**settings, no_embed_class=True).eval()
+    (position,) = describe(module, "in place").tokenization.positions
+    assert (position.kind, position.parameters) == ("absolute", ("pos_embed",))
+    assert position.place.startswith("added to the patch tokens, before the class token")

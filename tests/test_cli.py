@@ -1004,3 +1004,23 @@ def test_module_runs_as_a_command() -> None:
         pytest.skip("vitviz is not installed beside this Python")
     done = subprocess.run([executable, "--version"], capture_output=True, check=True, timeout=60)
     assert done.stdout.decode().split()[-1] == vitviz.__version__
+
+
+def test_interruption_before_the_first_image_leaves_with_130_and_no_word(
+    shell: Shell, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(Path(), ["a.png"])
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_model", interrupt)
+        done = shell("rollout", "a.png", *tiny)
+    assert (done.code, done.out, done.complaints) == (130, b"", [])
+
+
+def test_gpu_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    assert models.describe_device(torch.device("cuda:1")) == "Using cuda:1 (Card 1)"
+    assert models.describe_device(torch.device("cpu")) == "Using cpu"

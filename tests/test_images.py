@@ -791,3 +791,8 @@ def test_region_ends_with_the_last_whole_patch(fit: Fit) -> None:
     assert (region.left, region.top) == (0, 0)
     assert region.right == pytest.approx(80 / 90)
     assert region.bottom == pytest.approx(96 / 100)
+
+
+def test_glob_over_all_folders_takes_each_image_once(here: Path) -> None:
+    touch(here, "p/1.png", "p/q/2.png", "p/q/r/3.jpg", "p/notes.txt")
+    assert sorted(keys("p/**")) == ["p/1.png", "p/q/2.png", "p/q/r/3.jpg"]

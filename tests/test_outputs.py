@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -503,3 +504,46 @@ def test_only_what_nobody_writes_any_more_is_swept(
 def test_names_of_temporary_files_are_those_that_are_swept(tmp_path: Path) -> None:
     with outputs._temporary(tmp_path) as path:
         assert outputs._TEMPORARY.fullmatch(path.name)
+
+
+@pytest.mark.parametrize(
+    ("system", "error"),
+    [
+        ("posix", PermissionError(1, "Operation not permitted")),  # somebody else's process
+        ("java", AssertionError("asking may kill here")),
+    ],
+)
+def test_file_of_a_process_that_cannot_be_asked_stays_for_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, error: BaseException
+) -> None:
+    def refuse(process: int, number: int) -> None:
+        raise error
+
+    young, old = (tmp_path / f".vitviz-{HERE}-{os.getppid()}-0a-{n}.tmp" for n in ("1b", "2c"))
+    young.touch()
+    old.touch()
+    os.utime(old, (time.time() - 2 * DAY,) * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", refuse)
+        patch.setattr(os, "name", system)
+        sweep([tmp_path])
+    assert list(tmp_path.iterdir()) == [young]
+
+
+def test_machine_is_known_by_its_name_where_it_has_no_namespaces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(path: str) -> str:
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    found = {}
+    for node in ("one", "other", "one"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "readlink", missing)
+            patch.setattr(platform, "node", lambda node=node: node)
+            outputs._place.cache_clear()
+            found.setdefault(node, outputs._place())
+            assert found[node] == outputs._place()
+    outputs._place.cache_clear()
+    assert outputs._place() == HERE
+    assert len({*found.values(), HERE}) == 3

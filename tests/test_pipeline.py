@@ -14,7 +14,7 @@ from PIL import Image
 
 import vitviz
 from fixtures_io import picture, save_pictures, tiny_model, tiny_module
-from vitviz import pipeline
+from vitviz import ledger, pipeline
 from vitviz.errors import ImageError, LabelError, OptionError, SourceError, VitvizError
 from vitviz.images import Source, find_sources
 from vitviz.ledger import Result, run_record
@@ -461,3 +461,22 @@ def test_model_is_as_it_was_afterwards() -> None:
     assert [parameter.requires_grad for parameter in module.parameters()] == wanted
     assert all(parameter.grad is None for parameter in module.parameters())
     assert load_model(module, device="cpu").digest == digest
+
+
+def test_image_that_there_is_no_memory_to_draw_fails_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(here / "p", ["0.png", "1.png", "2.png"])
+    real = ledger.encode
+
+    def encode(explanation: Any, kind: Any, provenance: Any) -> bytes:
+        if provenance.source == "p/1.png" and kind is Kind.NPY:
+            raise MemoryError
+        return real(explanation, kind, provenance)
+
+    monkeypatch.setattr(ledger, "encode", encode)
+    kinds = PictureOptions(kinds=(Kind.OVERLAY, Kind.NPY))
+    found = results(find_sources(["p"])[0], pictures=kinds)
+    assert [result.status for result in found] == ["written", "failed", "written"]
+    assert [output.kind for output in found[1].outputs] == [Kind.OVERLAY]  # told, since it is there
+    assert found[1].error

@@ -130,3 +130,7 @@ def test_every_public_name_of_the_package_is_there() -> None:
         assert getattr(vitviz, name) is not None
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = vitviz.nothing_of_the_kind
+
+
+def test_package_lists_its_public_names_before_they_are_loaded() -> None:
+    assert dir(vitviz) == sorted(vitviz.__all__)

@@ -519,3 +519,31 @@ def test_model_with_strange_blocks_only_is_refused(
 @pytest.mark.parametrize(("build", "reason"), MODELS)
 def test_strange_model_is_refused(build: Callable[[], nn.Module], reason: str) -> None:
     _assert_refused(_seeded(build), reason)
+
+
+def test_blocks_that_somebody_has_wrapped_stay_wrapped() -> None:
+    model = _seeded(Plain)
+    calls = []
+
+    def wrapped(tokens: Tensor) -> Tensor:
+        calls.append(len(tokens))
+        return type(model.blocks[1]).forward(model.blocks[1], tokens)
+
+    model.blocks[1].forward = wrapped
+    load_model(model, device="cpu")
+    assert model.blocks[1].forward is wrapped
+    assert "forward" not in vars(model.blocks[0])
+    calls.clear()
+    model(torch.randn(3, 3, *Patches.img_size))
+    assert calls == [3]
+
+
+class LosesAPatch(Plain):
+    """Has a patch token less than any grid of its image."""
+
+    def enter(self, images: Tensor) -> Tensor:
+        return super().enter(images)[:, :-1]
+
+
+def test_model_whose_patch_tokens_fill_no_grid_is_refused() -> None:
+    _assert_refused(_seeded(LosesAPatch), "makes 14 patch tokens of a 24×40 image, and no grid")
