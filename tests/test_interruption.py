@@ -253,7 +253,7 @@ def test_second_interruption_ends_it_at_once(
     nursery: Nursery, photos: Path, tmp_path: Path
 ) -> None:
     slow = (
-        "import time, vitviz.pipeline as p\n"
+        "import time, vitviz.ledger as p\n"
         "write = p.write_whole\n"
         "def write_slowly(path, *rest):\n"
         "    write(path, *rest)\n"
@@ -362,7 +362,7 @@ def test_folder_that_becomes_read_only_stops_the_run(
 def after_two_files(event: str) -> str:
     """Return a prelude that does something once, before the third file is written."""
     return (
-        "import itertools, os, pathlib, shutil, subprocess, threading, vitviz.pipeline as p\n"
+        "import itertools, os, pathlib, shutil, subprocess, threading, vitviz.ledger as p\n"
         "write, numbers, alone = p.write_whole, itertools.count(), threading.Lock()\n"
         "def write_until(*arguments):\n"
         "    with alone:\n"
