@@ -83,14 +83,15 @@ class Sanity:
 
     def doubts(self) -> list[Doubt]:
         """Say why the picture may mislead; nothing where it need not."""
-        about_class = self.leverage is not None
+        about_class, is_flat = self.leverage is not None, self.contrast <= FLAT
         found = [
-            (self.contrast <= FLAT, Doubt.FLAT_FOR_CLASS if about_class else Doubt.FLAT),
-            (FLAT < self.contrast < _EVEN, Doubt.EVEN),
+            (is_flat, Doubt.FLAT_FOR_CLASS if about_class else Doubt.FLAT),
+            (not is_flat and self.contrast < _EVEN, Doubt.EVEN),
             (self.prefix_attention > _CROWDED, Doubt.PREFIX),
             (self.outlier_tokens > 0, Doubt.OUTLIERS),
-            (self.leverage is not None and self.leverage < _POWERLESS, Doubt.POWERLESS),
         ]
+        if not is_flat and self.leverage is not None:
+            found.append((self.leverage < _POWERLESS, Doubt.POWERLESS))
         return [doubt for is_so, doubt in found if is_so]
 
 
