@@ -109,14 +109,16 @@ def test_record_has_exactly_the_contracts_keys(shell: Shell, tiny: list[str], ke
     assert record["source"] == "p/a.png"
     assert record["status"] == "written"
     assert record["error"] is None
-    assert record["outputs"] == [
-        {
-            "kind": "overlay",
-            "path": "vitviz-out/p/a.png.grad-rollout.c3.png",
-            "class_index": 3,
-            "class_label": "tabby, tabby cat",
-        }
-    ]
+    (output,) = record["outputs"]
+    assert set(output.pop("sanity")) == {
+        *("prefix_attention", "outlier_tokens", "contrast", "leverage")
+    }
+    assert output == {
+        "kind": "overlay",
+        "path": "vitviz-out/p/a.png.grad-rollout.c3.png",
+        "class_index": 3,
+        "class_label": "tabby, tabby cat",
+    }
     assert len(record["predictions"]) == 5
     for prediction in record["predictions"]:
         assert set(prediction) == {"class_index", "class_label", "score"}

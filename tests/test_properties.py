@@ -28,7 +28,7 @@ from vitviz.render import normalize
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # A class whose gradient speaks for nothing is drawn now and then, and told of.
-    pytest.mark.filterwarnings("ignore:maps without any heat"),
+    pytest.mark.filterwarnings("ignore:maps "),
 ]
 
 

@@ -190,8 +190,21 @@ def test_colors_are_rgb() -> None:
 
 def test_heat_is_rounded_not_cut() -> None:
     table = colors(Colormap.VIRIDIS)
-    levels = color_heat(np.array([[99.6 / 255, 99.4 / 255]], np.float32), Colormap.VIRIDIS)
+    levels = color_heat(np.array([[99.99 / 255, 99.01 / 255]], np.float32), Colormap.VIRIDIS)
     assert np.array_equal(levels[0], table[[100, 99]])
+
+
+@pytest.mark.parametrize("colormap", OF_OPENCV)
+def test_colors_are_those_of_opencv(colormap: Colormap) -> None:
+    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
+    assert np.array_equal(color_heat(ramp, colormap)[0], colors(colormap))
+
+
+@pytest.mark.parametrize("colormap", list(Colormap))
+def test_heat_that_is_rounded_otherwise_has_the_same_color_but_for_one(colormap: Colormap) -> None:
+    heat = np.random.default_rng(0).random((200, 200)).astype(np.float32)
+    one, other = (color_heat(each, colormap).astype(int) for each in (heat, heat * (1 - 1e-5)))
+    assert np.abs(one - other).max() <= 1
 
 
 def test_unseen_pixels_are_black_in_a_heatmap_and_warn_of_nothing() -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "GivenAttention",
     "output_gradients",
     "own_attention",
+    "widened",
 ]
 
 
@@ -68,7 +69,7 @@ class AttentionRecord:
         Returns:
             (images, heads, queries, keys), float32 or wider; each row sums to 1.
         """
-        query = _exact(self.query[images, :, queries])
+        query = widened(self.query[images, :, queries])
         key = self._per_head(self.key[images])
         scores = _products(query, key, self.scale)
         if self.bias is not None:
@@ -87,7 +88,7 @@ class AttentionRecord:
             (images, heads, queries, keys), the gradient with respect to the probabilities.
         """
         assert self.value is not None
-        return _products(_exact(gradient[images, :, queries]), self._per_head(self.value[images]))
+        return _products(widened(gradient[images, :, queries]), self._per_head(self.value[images]))
 
     def value_norms(self) -> Tensor:
         """Compute ‖W_o v_j‖, how much the value of each token j can move the tokens that see it.
@@ -101,11 +102,11 @@ class AttentionRecord:
     def _per_head(self, shared: Tensor) -> Tensor:
         """Repeat grouped keys or values (images, key_heads, …) so that each head has its own."""
         repeats = self.query.shape[1] // shared.shape[1]
-        return _exact(shared.repeat_interleave(repeats, dim=1) if repeats > 1 else shared)
+        return widened(shared.repeat_interleave(repeats, dim=1) if repeats > 1 else shared)
 
     def _bias(self, images: slice, queries: slice) -> Tensor:
         assert self.bias is not None
-        bias = _exact(self.bias)
+        bias = widened(self.bias)
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
         if bias.shape[0] > 1:
             bias = bias[images]
@@ -136,11 +137,11 @@ class GivenAttention:
 
     def probabilities(self, images: slice, queries: slice) -> Tensor:
         """Return the attention of some images and some queries, a copy."""
-        return _exact(self.attention[images, :, queries]).clone()
+        return widened(self.attention[images, :, queries]).clone()
 
     def probability_gradients(self, gradient: Tensor, images: slice, queries: slice) -> Tensor:
         """Return ∂y/∂A of some images and some queries; the output being A, it is given."""
-        return _exact(gradient[images, :, queries])
+        return widened(gradient[images, :, queries])
 
     def value_norms(self) -> Tensor:
         """Compute ‖W_o v_j‖ (batch, keys), as for ``AttentionRecord``."""
@@ -351,6 +352,11 @@ def own_attention(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout)]
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Widen half precision, in which probabilities would not sum to 1; leave all else."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 @dataclass(frozen=True)
 class _SdpaArguments:
     """The arguments of ``scaled_dot_product_attention``, in its order."""
@@ -430,8 +436,8 @@ def _projected_norms(value: Tensor | None, projection: Tensor | None) -> Tensor:
             "did not see what attention multiplies its values with, so they cannot be weighed; "
             "try relevance --classic, or grad-rollout"
         )
-    joined = _exact(value).transpose(1, 2).flatten(2)
-    norms: Tensor = F.linear(joined, _exact(projection)).norm(dim=-1)
+    joined = widened(value).transpose(1, 2).flatten(2)
+    norms: Tensor = F.linear(joined, widened(projection)).norm(dim=-1)
     return norms
 
 
@@ -440,8 +446,3 @@ def _products(rows: Tensor, columns: Tensor, scale: float = 1.0) -> Tensor:
     left, right = rows.flatten(0, 1), columns.flatten(0, 1).transpose(1, 2)
     product = torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
     return product.view(*rows.shape[:2], *product.shape[1:])
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """Widen half precision, in which probabilities would not sum to 1."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

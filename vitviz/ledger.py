@@ -38,7 +38,7 @@ __all__ = ["Ledger", "Output", "Result", "failure", "run_record", "versions"]
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """One written file; without sanity where it was there already."""
+    """One written file."""
 
     kind: str
     path: Path
@@ -110,7 +110,7 @@ class Ledger:
                 explanation = by_request[request]
                 provenance = self._provenance(sample, request, kind, explanation)
                 write_whole(path, encode(explanation, kind, provenance), provenance)
-                outputs.append(_output(path, kind, provenance, explanation.sanity))
+                outputs.append(_output(path, kind, provenance))
         except MemoryError as error:
             return replace(failure(source, error), outputs=tuple(outputs))
         except OutputError as error:
@@ -149,6 +149,7 @@ class Ledger:
             class_index=explanation.class_index,
             class_label=explanation.class_label,
             predictions=explanation.predictions,
+            sanity=explanation.sanity,
             versions=versions(),
         )
 
@@ -218,11 +219,11 @@ def failure(source: Source, error: VitvizError | MemoryError) -> Result:
     return Result(source=source, status="failed", error=text)
 
 
-def _output(path: Path, kind: Kind, provenance: Provenance, sanity: Sanity | None = None) -> Output:
+def _output(path: Path, kind: Kind, provenance: Provenance) -> Output:
     return Output(
         kind=kind.value,
         path=path,
         class_index=provenance.class_index,
         class_label=provenance.class_label,
-        sanity=sanity,
+        sanity=provenance.sanity,
     )

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitviz.errors import OutputError
-from vitviz.explanation import Explanation, Prediction
+from vitviz.explanation import Explanation, Prediction, Sanity
 from vitviz.images import Source
 from vitviz.options import Kind, Method
 
@@ -67,6 +67,7 @@ class Provenance:
         class_index: Which class the map explains.
         class_label: That class's name.
         predictions: The image's best classes.
+        sanity: Numbers that tell when the map may mislead.
         versions: Of vitviz, timm and torch.
     """
 
@@ -76,6 +77,7 @@ class Provenance:
     class_index: int | None = None
     class_label: str | None = None
     predictions: tuple[Prediction, ...] = ()
+    sanity: Sanity | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def same_source(self, other: Provenance) -> bool:
@@ -135,7 +137,9 @@ def read_provenance(path: Path) -> Provenance | None:
         text = _npy_text(path) if path.suffix == ".npy" else _png_text(path)
         fields = json.loads(text)
         predictions = tuple(Prediction(**entry) for entry in fields.pop("predictions"))
-        provenance = Provenance(**fields, predictions=predictions)
+        numbers = fields.pop("sanity", None)
+        sanity = None if numbers is None else Sanity(**numbers)
+        provenance = Provenance(**fields, predictions=predictions, sanity=sanity)
     except Exception:  # a file of somebody else's may be anything
         return None
     return provenance if isinstance(provenance.recipe, dict) else None

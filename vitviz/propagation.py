@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitviz.capture import Attention, GivenAttention
+from vitviz.capture import Attention, GivenAttention, widened
 from vitviz.options import HeadFusion
 
 __all__ = [
@@ -153,7 +153,7 @@ def signed_evidence(tokens: Sequence[Tensor], gradients: Sequence[Tensor]) -> Te
         (batch, tokens).
     """
     evidence = [
-        (each.detach() * gradient).sum(dim=-1, dtype=_wide(each))
+        (widened(each.detach()) * widened(gradient)).sum(dim=-1)
         for each, gradient in zip(tokens, gradients, strict=True)
     ]
     return torch.stack(evidence).mean(dim=0)
@@ -261,11 +261,6 @@ def _support(readout: Tensor) -> slice:
     """Return the stretch of tokens outside of which a readout is 0 everywhere; at least one."""
     read = readout.reshape(-1, readout.shape[-1]).any(dim=0).nonzero()
     return slice(int(read.min()), int(read.max()) + 1) if len(read) else slice(0, 1)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Return the type for sums over a tensor: at least float32."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _discard_lowest(fused: Tensor, ratio: float) -> None:

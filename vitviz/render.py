@@ -35,6 +35,7 @@ _REDBLUE = (  # C. Brewer's RdBu from its end, without the dark ones, colorbrewe
     *((33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240), (247, 247, 247)),
     *((253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43)),
 )
+_LEVELS = 255 * 16 + 1  # of heat: the middle is one, OpenCV's 256 are among them
 _GAP = 8  # pixels between the pictures of a panel
 _SHEET_GAP = 2  # pixels between the pictures of a contact sheet
 _HEADER = 22  # pixels for the numbers of its blocks and heads
@@ -89,9 +90,10 @@ def place_heat(
 
 def color_heat(heat: Heat, colormap: Colormap) -> Pixels:
     """Colour heat (height, width) as RGB; what the model did not see is black."""
-    levels = cv2.convertScaleAbs(heat, alpha=255)  # anything where there is no heat
-    colors = cv2.applyColorMap(levels, _color_table(colormap))
-    colors[np.isnan(heat)] = 0
+    seen = np.isfinite(heat)
+    levels = np.rint(np.where(seen, heat, 0) * (_LEVELS - 1)).astype(np.uint16)
+    colors = np.take(_color_table(colormap), levels, axis=0)
+    colors[~seen] = 0
     return np.asarray(colors, dtype=np.uint8)
 
 
@@ -154,12 +156,17 @@ def contact_sheet(cells: list[list[Pixels]]) -> Pixels:
 
 @lru_cache
 def _color_table(colormap: Colormap) -> Pixels:
-    """Return the 256 RGB colours (256, 1, 3) of a colormap."""
+    """Return the RGB colours (levels, 3) of a colormap, from the first to the last.
+
+    OpenCV has 256 of them. Between these, colours are interpolated, so that no rounding of
+    relevance shows as a step of colour.
+    """
     if colormap is Colormap.REDBLUE:
-        levels = (np.arange(256) - 128) / 127  # 128 is what ½ is rounded to
-        places = np.linspace(-1, 1, len(_REDBLUE))
-        channels = [np.interp(levels, places, values) for values in zip(*_REDBLUE, strict=True)]
-        return np.asarray(np.rint(np.stack(channels, axis=-1)), dtype=np.uint8)[:, None]
-    ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
-    table = cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{colormap.value.upper()}"))
-    return np.asarray(cv2.cvtColor(table, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+        anchors = np.array(_REDBLUE, dtype=np.uint8)
+    else:
+        ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
+        table = cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{colormap.value.upper()}"))
+        anchors = cv2.cvtColor(table, cv2.COLOR_BGR2RGB)[:, 0]
+    places = np.linspace(0, len(anchors) - 1, _LEVELS)
+    channels = [np.interp(places, np.arange(len(anchors)), values) for values in anchors.T]
+    return np.asarray(np.rint(np.stack(channels, axis=-1)), dtype=np.uint8)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitviz.capture import Attention
+from vitviz.capture import Attention, widened
 
 __all__ = ["leverage", "outlier_tokens", "prefix_attention"]
 
@@ -52,7 +52,7 @@ def outlier_tokens(tokens: Tensor, prefix_tokens: int) -> Tensor:
     Returns:
         (batch).
     """
-    norms = tokens.detach()[:, prefix_tokens:].float().norm(dim=-1)
+    norms = torch.linalg.vector_norm(widened(tokens.detach()[:, prefix_tokens:]), dim=-1)
     median = norms.median(dim=1, keepdim=True).values
     return torch.count_nonzero(norms > _OUTLIER * median, dim=1)
 
@@ -67,9 +67,8 @@ def leverage(values: Tensor, gradient: Tensor) -> Tensor:
     Returns:
         (batch), in units of y.
     """
-    first, second = (
-        torch.linalg.vector_norm(each.flatten(1), dim=1, dtype=torch.float32)
+    sizes = (
+        torch.linalg.vector_norm(widened(each).flatten(1), dim=1)
         for each in (values.detach(), gradient)
     )
-    product: Tensor = first * second
-    return product
+    return torch.stack(list(sizes)).prod(dim=0)

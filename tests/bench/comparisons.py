@@ -142,8 +142,11 @@ def long_sequence(
 
 
 def _described(options: MethodOptions) -> str:
-    fusion = "" if options.method is Method.GRAD_ROLLOUT else f" {options.head_fusion}"
-    return f"{options.method}{fusion} {options.discard:g}"
+    if options.method is Method.ROLLOUT:
+        return f"{options.method} {options.head_fusion} {options.discard:g}"
+    if options.method is Method.GRAD_ROLLOUT:
+        return f"{options.method} {options.discard:g}"
+    return str(options.method)
 
 
 def _named(plain: _Pass) -> str:

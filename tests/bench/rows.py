@@ -30,6 +30,8 @@ ROWS: dict[str, Row] = {}
 _MAX = MethodOptions(head_fusion=HeadFusion.MAX, discard=0.9)
 _MEAN = MethodOptions(head_fusion=HeadFusion.MEAN, discard=0.0)
 _GRADIENT = MethodOptions(method=Method.GRAD_ROLLOUT, discard=0.9)
+_RELEVANCE = MethodOptions(method=Method.RELEVANCE)
+_EVIDENCE = MethodOptions(method=Method.EVIDENCE)
 _HEAVY = ("torch", "timm", "cv2", "numpy")  # what `vitviz --help` must do without
 _PLAIN_COMMAND = f"""
 import sys
@@ -70,6 +72,18 @@ def rollout_mean(setting: Setting) -> Report:
 def grad_rollout(setting: Setting) -> Report:
     """Grad-rollout (top1, discard 0.9), 197 tokens, batch 16 ÷ forward + backward."""
     return overhead(setting, _GRADIENT, plain=backward, goal=Goal(limit=1.25))
+
+
+@_row()
+def relevance(setting: Setting) -> Report:
+    """Relevance (top1), 197 tokens, batch 16 ÷ forward."""
+    return overhead(setting, _RELEVANCE, goal=Goal(limit=2.6))
+
+
+@_row()
+def evidence(setting: Setting) -> Report:
+    """Evidence (top1), 197 tokens, batch 16 ÷ forward."""
+    return overhead(setting, _EVIDENCE, goal=Goal(limit=3.0))
 
 
 @_row(photographs)
@@ -187,6 +201,18 @@ def long_max(setting: Setting) -> Report:
 def long_gradient(setting: Setting) -> Report:
     """Grad-rollout (top1, discard 0.9), 4,097 tokens, batch 1 ÷ forward + backward."""
     return long_sequence(setting, _GRADIENT, plain=backward, slower=3.0, megabytes=400)
+
+
+@_row()
+def long_relevance(setting: Setting) -> Report:
+    """Relevance (top1), 4,097 tokens, batch 1 ÷ forward + backward."""
+    return long_sequence(setting, _RELEVANCE, plain=backward, slower=3.0, megabytes=400)
+
+
+@_row()
+def long_evidence(setting: Setting) -> Report:
+    """Evidence (top1), 4,097 tokens, batch 1 ÷ forward + backward."""
+    return long_sequence(setting, _EVIDENCE, plain=backward, slower=3.0, megabytes=400)
 
 
 @_row()
