@@ -30,8 +30,8 @@ class Support:
     """What vitviz will do with the model.
 
     Attributes:
-        rollout: Whether attention rollout is defined for it.
-        grad_rollout: Whether gradient attention rollout is.
+        rollout: Whether attention rollout is defined for it, and raw attention.
+        grad_rollout: Whether gradient attention rollout is, and all that explains a class.
         reason: Why not, where one is not.
         readout: Which tokens the relevance is read for.
         prefix: Its prefix tokens in words.
@@ -48,13 +48,14 @@ class Support:
     def describe(self) -> str:
         """Say it in one line."""
         if not self.rollout:
-            return f"rollout and grad-rollout not supported: {self.reason}"
+            return f"not supported: {self.reason}"
         rows, cols = self.grid or (0, 0)
         reads = f"reads the {self.readout} (prefix tokens: {self.prefix})"
         maps = f"maps of {rows} × {cols} patches"
         if self.grad_rollout:
-            return f"{reads}; {maps}; rollout and grad-rollout supported"
-        return f"{reads}; {maps}; rollout supported, grad-rollout not: {self.reason}"
+            return f"{reads}; {maps}; all methods supported"
+        partly = "rollout and attention supported, methods for a class not"
+        return f"{reads}; {maps}; {partly}: {self.reason}"
 
 
 def support_of(module: nn.Module, input_size: tuple[int, int]) -> Support:
