@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AttentionRule": "vitviz.options",
+    "Convention": "vitviz.options",
+    "Evaluation": "vitviz.evaluation",
     "Explanation": "vitviz.explanation",
     "Fit": "vitviz.options",
     "HeadFusion": "vitviz.options",
@@ -25,6 +27,7 @@ _HOMES = {
     "Prediction": "vitviz.explanation",
     "VitvizError": "vitviz.errors",
     "attention": "vitviz.api",
+    "evaluate": "vitviz.api",
     "evidence": "vitviz.api",
     "grad_rollout": "vitviz.api",
     "load_model": "vitviz.models",

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vitviz.errors import OptionError
+from vitviz.evaluation import Evaluation, summarize
+from vitviz.examination import Subject, examine, subjects_of
 from vitviz.explanation import Explanation
+from vitviz.images import Source
 from vitviz.models import Model
-from vitviz.options import AttentionRule, Fit, HeadFusion, Method, MethodOptions, PictureOptions
+from vitviz.options import (
+    AttentionRule,
+    Convention,
+    EvaluationOptions,
+    Fit,
+    HeadFusion,
+    Method,
+    MethodOptions,
+    PictureOptions,
+)
 from vitviz.pipeline import explain
 
-__all__ = ["attention", "evidence", "grad_rollout", "relevance", "rollout"]
+__all__ = ["attention", "evaluate", "evidence", "grad_rollout", "relevance", "rollout"]
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]]
 Classes = int | str | Iterable[int | str]
@@ -219,6 +234,95 @@ def attention(
     """
     options = MethodOptions(method=Method.ATTENTION, query=query, refine=refine)
     return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+
+
+def evaluate(
+    model: Model,
+    images: Images,
+    *,
+    methods: Iterable[str] = (),
+    masks: str | os.PathLike[str] | Sequence[Any] | None = None,
+    target: int | str = "top1",
+    truth: Sequence[int] | None = None,
+    convention: Convention | str = Convention.VITVIZ,
+    fit: Fit | str = Fit.SQUASH,
+    batch_size: int | None = None,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Evaluation:
+    """Measure methods side by side, always with a random map and a centred one.
+
+    Args:
+        model: From ``load_model``; it is left as it was.
+        images: As for ``rollout``.
+        methods: Names of ``options.VARIANTS``, ``@2`` after one for maps twice as fine; none: all
+            that suit the model.
+        masks: A folder with PNGs of the images' names, or one mask an image: an array (height,
+            width) of integers, 0 for the background, a path, or None.
+        target: The class that maps explain: an index, a label, ``"top1"``, ``"truth"``, or
+            ``"mask"`` for each class that an image's mask names (its values are class indices + 1).
+        truth: The true class of each image.
+        convention: ``vitviz`` or ``chefer2021``; see ``perturbation.PERTURBATIONS``.
+        fit: As for ``rollout``.
+        batch_size: As for ``rollout``.
+        seed: Of the random map and of the bootstrap.
+        resamples: Bootstrap samples behind the intervals.
+
+    Returns:
+        The methods side by side; images that failed are named in its ``failed``.
+
+    Raises:
+        VitvizError: An option is not usable.
+    """
+    options = EvaluationOptions(
+        methods=tuple(methods),
+        target=str(target),
+        convention=Convention(convention),
+        fit=Fit(fit),
+        batch_size=batch_size,
+        seed=seed,
+        resamples=resamples,
+    )
+    subjects = _subjects(images, masks, truth)
+    return summarize(model, options, list(examine(model, subjects, options)))
+
+
+def _subjects(
+    images: Images,
+    masks: str | os.PathLike[str] | Sequence[Any] | None,
+    truth: Sequence[int] | None,
+) -> list[Subject]:
+    """Put together what is known about each image."""
+    given = list(images)
+    if isinstance(masks, (str, os.PathLike)):
+        found = subjects_of(map(_source, range(len(given)), given), masks=Path(masks))
+        of_each: list[Any] = [subject.mask for subject in found]
+    else:
+        found = subjects_of(map(_source, range(len(given)), given))
+        of_each = [None] * len(given) if masks is None else list(masks)
+    classes = [None] * len(given) if truth is None else list(truth)
+    if not len(given) == len(of_each) == len(classes):
+        raise OptionError(
+            f"{len(given)} images, {len(of_each)} masks, {len(classes)} true classes: give one of "
+            "each an image"
+        )
+    return [
+        replace(
+            subject,
+            image=None if isinstance(image, (str, os.PathLike)) else image,
+            mask=Path(mask) if isinstance(mask, (str, os.PathLike)) else mask,
+            truth=true_class,
+        )
+        for subject, image, mask, true_class in zip(found, given, of_each, classes, strict=True)
+    ]
+
+
+def _source(number: int, image: Any) -> Source:
+    """Name an image, by its path if it has one."""
+    if not isinstance(image, (str, os.PathLike)):
+        return Source(path=Path(f"image {number}"), key=f"image {number}")
+    path = Path(image)
+    return Source(path=path, key=path.relative_to(path.anchor).as_posix())
 
 
 def _words(classes: Classes) -> tuple[str, ...]:

@@ -25,8 +25,11 @@ from rich.console import Console
 import vitviz
 from vitviz.errors import OptionError, OutputError, SourceError, VitvizError, printable
 from vitviz.options import (
+    VARIANTS,
     AttentionRule,
     Colormap,
+    Convention,
+    EvaluationOptions,
     Fit,
     HeadFusion,
     Job,
@@ -204,6 +207,66 @@ class RunOptions(SharedOptions):
             "model, weights and options.",
         ),
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRun(SharedOptions):
+    """The options of ``evaluate``."""
+
+    methods: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME",
+            help=f"{', '.join(VARIANTS)}, with @2 after one for maps twice as fine; repeatable. "
+            "All that suit the model by default; the baselines random and centre always.",
+            show_default=False,
+        ),
+    ] = ()  # type: ignore[assignment]  # a default must not be mutable
+    target: Annotated[
+        str,
+        typer.Option(
+            "--class",
+            metavar="C",
+            help="Which class maps explain: top1, an index, a label, truth, or mask for each that "
+            "an image's mask names (its values are class indices + 1).",
+        ),
+    ] = "top1"
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="PNGs of the images' names, 0 where no object is: adds localisation.",
+            show_default=False,
+        ),
+    ] = None
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="True classes: a line for each image, its name and its class.",
+            show_default=False,
+        ),
+    ] = None
+    convention: Annotated[
+        Convention,
+        typer.Option(
+            metavar="vitviz|chefer2021", help="What is taken away, and how it is summed up."
+        ),
+    ] = Convention.VITVIZ
+    csv: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write each map's numbers.", show_default=False),
+    ] = None
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the curves as PNG.", show_default=False),
+    ] = None
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of the random baseline and the bootstrap.")
+    ] = 0
+    resamples: Annotated[
+        int, typer.Option("--bootstrap", metavar="N", help="Samples behind the intervals.")
+    ] = 2000
 
 
 def _with_options(kind: type[SharedOptions]) -> Callable[[_Command], _Command]:
@@ -403,6 +466,16 @@ def attention(
     _explain(run, MethodOptions(method=Method.ATTENTION, query=_patch(query)))
 
 
+@app.command()
+@_with_options(EvaluationRun)
+def evaluate(run: EvaluationRun) -> None:
+    """Measure methods side by side: how faithful maps are, how well they locate, what they cost.
+
+    Prints tables, or with --json one document.
+    """
+    _evaluate(run)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code.
 
@@ -444,6 +517,45 @@ def _explain(run: RunOptions, method: MethodOptions) -> None:
         except OutputError as error:  # what went before is written: no reason to leave with 2
             _complain(str(error), code=1)
     raise typer.Exit(int(reporter.failed))
+
+
+def _evaluate(run: EvaluationRun) -> NoReturn:
+    """Do what ``evaluate`` asks for."""
+    options = _evaluation_options(run)
+    found = _find(run)
+    reporter, model = _load(run, found)
+
+    from vitviz import annotations, evaluation, examination, exhibits
+
+    exhibits.require_places(run.csv, run.plot)
+    truth = None
+    if run.truth is not None:
+        truth = annotations.read_truth(run.truth, model.labels, model.num_classes)
+    subjects = examination.subjects_of(found.sources, masks=run.masks, truth=truth)
+    with _until_reader_leaves(), _Interruption() as interruption:
+        warn = partial(reporter.say, style="yellow")
+        measured = examination.examine(model, subjects, options, warn=warn)
+        kept = reporter.collect(interruption.between(measured), len(subjects))
+        result = evaluation.summarize(model, options, kept)
+        try:
+            reporter.present(result)
+            exhibits.save(result, run.csv, run.plot)
+        except OutputError as error:  # it is measured: no reason to leave with 2
+            _complain(str(error), code=1)
+    raise typer.Exit(int(reporter.failed))
+
+
+def _evaluation_options(run: EvaluationRun) -> EvaluationOptions:
+    return EvaluationOptions(
+        methods=tuple(run.methods),
+        target=run.target,
+        convention=run.convention,
+        fit=run.fit,
+        batch_size=_count(run.batch_size, "--batch-size"),
+        workers=_count(run.workers, "--workers"),
+        seed=run.seed,
+        resamples=run.resamples,
+    )
 
 
 def _load(run: SharedOptions, found: _Found) -> tuple[Reporter, Model]:

@@ -26,7 +26,7 @@ from vitviz.anatomy import (
 )
 from vitviz.errors import printable
 
-__all__ = ["show_anatomy"]
+__all__ = ["show_anatomy", "show_rows"]
 
 _UNKNOWN = "not determined"
 _INDENT = 3
@@ -49,17 +49,18 @@ def show_anatomy(anatomy: Anatomy, console: Console) -> None:
     _show_title(anatomy, console)
     blocks = anatomy.blocks
     _show_part(console, "1", "Tokenization + positional embedding", anatomy.tokenization.cost)
-    _show_rows(console, _tokenization_rows(anatomy.tokenization))
+    show_rows(console, _tokenization_rows(anatomy.tokenization))
     title = f"Transformer blocks: {_block_counts(blocks)}" if blocks else "Transformer blocks"
     _show_part(console, "2", title, blocks.cost if blocks else None)
     if blocks:
-        _show_rows(console, _blocks_rows(blocks))
+        show_rows(console, _blocks_rows(blocks))
     else:
         _show_outline(console, anatomy)
     _show_part(console, "3", "Head", anatomy.head.cost)
-    _show_rows(console, _head_rows(anatomy.head))
+    show_rows(console, _head_rows(anatomy.head))
     console.print()
-    _show_rows(console, [("vitviz", anatomy.support.describe())], indent=0, style="bold cyan")
+    verdict = [("vitviz", anatomy.support.describe())]
+    show_rows(console, verdict, indent=0, width=8, style="bold cyan")
 
 
 def _show_title(anatomy: Anatomy, console: Console) -> None:
@@ -99,11 +100,24 @@ def _figures(cost: Cost) -> str:
     return f"{share} · {macs} · output {shape}"
 
 
-def _show_rows(
-    console: Console, rows: Iterable[_Row], *, indent: int = _INDENT, style: str = "cyan"
+def show_rows(
+    console: Console,
+    rows: Iterable[_Row],
+    *,
+    indent: int = _INDENT,
+    width: int = _LABEL_WIDTH,
+    style: str = "cyan",
 ) -> None:
-    """Print labels and values in two columns; the values wrap between words."""
-    column = indent + (_LABEL_WIDTH if indent else 8)
+    """Print labels and values in two columns; the values wrap between words.
+
+    Args:
+        console: Where to.
+        rows: Labels, each with its value.
+        indent: Of the labels.
+        width: Of the labels' column.
+        style: Of the labels.
+    """
+    column = indent + width
     for label, value in rows:
         # Wrapped here, not in a table, which pads every line with blanks to its full width.
         for number, line in enumerate(Text(value).wrap(console, max(console.width - column, 20))):

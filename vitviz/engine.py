@@ -33,7 +33,7 @@ from vitviz.propagation import (
 from vitviz.refinement import place_back, shifted, shifts
 from vitviz.sanity import leverage, outlier_tokens, prefix_attention
 
-__all__ = ["BatchMaps", "class_requests", "expect_query", "explain_batch"]
+__all__ = ["BatchMaps", "class_requests", "expect_query", "explain_batch", "predict_batch"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,6 +190,32 @@ def _named_memory_errors() -> Iterator[None]:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         raise MemoryError(str(error)) from None
+
+
+def predict_batch(
+    model: Model, batch: Tensor, prepare: Callable[[Tensor], Tensor] = lambda images: images
+) -> Tensor:
+    """Run a plain forward pass, in the same lanes as ``explain_batch``.
+
+    Args:
+        model: The model; it is left as it was.
+        batch: (batch, ...), what ``prepare`` makes images of.
+        prepare: Makes images (part, 3, height, width), preprocessed, of a part of the batch, when
+            its turn comes; the batch is the images if left out.
+
+    Returns:
+        Logits (batch, classes), float32 on the CPU.
+
+    Raises:
+        MemoryError: The device has too little memory for this batch.
+    """
+
+    def work(part: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return model.module(prepare(part)).float()  # type: ignore[no-any-return]
+
+    with _named_memory_errors():
+        return torch.cat(in_lanes(work, batch.to(model.device), tokens=model.layout.tokens)).cpu()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

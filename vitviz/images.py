@@ -187,6 +187,7 @@ class ImageSample:
         pixels: (height, width, 3) RGB, what the model sees.
         region: Where on the picture the pixels lie.
         picture: (height, width, 3) RGB, the original upright, at most ``max_size`` long.
+        size: (height, width) of the original upright.
     """
 
     source: Source
@@ -194,6 +195,7 @@ class ImageSample:
     pixels: Pixels
     region: Region
     picture: Pixels
+    size: tuple[int, int]
 
 
 def find_sources(
@@ -278,7 +280,7 @@ def load_sample(file: ImageFile, frame: Frame, max_size: int) -> ImageSample:
         size = _picture_size(original, max_size)
         suffices = image.height >= size[0] and image.width >= size[1]
         picture = image if suffices else _decode(file.content, large, room)[0]
-        return _sample(file.source, file.digest, image, frame, _scaled(picture, size))
+        return _sample(file.source, file.digest, image, frame, _scaled(picture, size), original)
 
 
 def sample_of(
@@ -304,8 +306,9 @@ def sample_of(
         raise ImageError(f"{name} has no pixels")
     rgb = _to_rgb(ImageOps.exif_transpose(image))
     source = Source(path=Path(name), key=name)
-    picture = _scaled(rgb, _picture_size((rgb.height, rgb.width), max_size))
-    return _sample(source, hashlib.sha256(rgb.tobytes()).hexdigest(), rgb, frame, picture)
+    size = (rgb.height, rgb.width)
+    picture = _scaled(rgb, _picture_size(size, max_size))
+    return _sample(source, hashlib.sha256(rgb.tobytes()).hexdigest(), rgb, frame, picture, size)
 
 
 def native_size(
@@ -497,7 +500,12 @@ def _finite(image: Image.Image) -> NDArray[np.float32]:
 
 
 def _sample(
-    source: Source, digest: str, image: Image.Image, frame: Frame, picture: Image.Image
+    source: Source,
+    digest: str,
+    image: Image.Image,
+    frame: Frame,
+    picture: Image.Image,
+    size: tuple[int, int],
 ) -> ImageSample:
     fitted, region = frame.apply(image)
     return ImageSample(
@@ -506,6 +514,7 @@ def _sample(
         pixels=np.asarray(fitted),
         region=region,
         picture=np.asarray(picture),
+        size=size,
     )
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vitviz.errors import OptionError
 
 __all__ = [
+    "VARIANTS",
     "AttentionRule",
     "Colormap",
+    "Convention",
+    "EvaluationOptions",
     "Fit",
     "HeadFusion",
     "Job",
@@ -20,6 +25,7 @@ __all__ = [
     "MethodOptions",
     "PictureOptions",
     "Precision",
+    "variant",
 ]
 
 
@@ -83,6 +89,13 @@ class Precision(_Word):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+
+
+class Convention(_Word):
+    """How faithfulness is measured: what is taken away, how much of it, and how it is summed up."""
+
+    VITVIZ = "vitviz"
+    CHEFER2021 = "chefer2021"
 
 
 class Kind(_Word):
@@ -181,6 +194,34 @@ class MethodOptions:
         return options
 
 
+VARIANTS: Mapping[str, MethodOptions] = MappingProxyType(
+    {
+        "rollout": MethodOptions(method=Method.ROLLOUT),
+        "grad-rollout": MethodOptions(method=Method.GRAD_ROLLOUT),
+        "relevance": MethodOptions(method=Method.RELEVANCE),
+        "relevance-classic": MethodOptions(method=Method.RELEVANCE, classic=True),
+        "evidence": MethodOptions(method=Method.EVIDENCE),
+        "evidence-shared": MethodOptions(method=Method.EVIDENCE, rule=AttentionRule.SHARED),
+    }
+)
+"""The methods that ``evaluate`` sets side by side, by name."""
+
+
+def variant(name: str) -> MethodOptions:
+    """Return a method to evaluate: one of ``VARIANTS``, ``@2`` after it for maps twice as fine.
+
+    Raises:
+        OptionError: There is no such method.
+    """
+    word, at, finer = name.partition("@")
+    if word not in VARIANTS or (at and not finer.isdecimal()):
+        raise OptionError(
+            f"--methods {name} is unknown; choose among {', '.join(VARIANTS)}, with @2 after one "
+            "for maps twice as fine (the baselines are always there)"
+        )
+    return replace(VARIANTS[word], refine=int(finer) if at else 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PictureOptions:
     """How maps become files.
@@ -253,6 +294,50 @@ class Job:
         Raises:
             OptionError: A value is outside its range.
         """
-        for name, count in (("--batch-size", self.batch_size), ("--workers", self.workers)):
-            if count is not None and count < 1:
-                raise OptionError(f"{name} is {count}; give a number from 1 up, or auto")
+        _require_counts(self.batch_size, self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How methods are measured.
+
+    Attributes:
+        methods: Names that ``variant`` knows, without baselines; none: all that suit the model.
+        target: The class that maps explain: ``top1``, an index, a label, ``mask`` for each class
+            that the image's mask names, or ``truth`` for the image's true class.
+        convention: How faithfulness is measured.
+        fit: How images are brought to the model's size.
+        batch_size: Images run at once; None: chosen by the number of tokens.
+        workers: Threads for decoding and for locating; None: as many as cores.
+        seed: Of the random baseline and of the bootstrap.
+        resamples: Bootstrap samples.
+    """
+
+    methods: tuple[str, ...] = ()
+    target: str = "top1"
+    convention: Convention = Convention.VITVIZ
+    fit: Fit = Fit.SQUASH
+    batch_size: int | None = None
+    workers: int | None = None
+    seed: int = 0
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            OptionError: A value is outside its range.
+        """
+        for name in self.methods:
+            variant(name)
+        _require_counts(self.batch_size, self.workers)
+        if self.seed < 0:
+            raise OptionError(f"--seed is {self.seed}; give a number from 0 up")
+        if self.resamples < 1:
+            raise OptionError(f"--bootstrap is {self.resamples}; give a number from 1 up")
+
+
+def _require_counts(batch_size: int | None, workers: int | None) -> None:
+    for name, count in (("--batch-size", batch_size), ("--workers", workers)):
+        if count is not None and count < 1:
+            raise OptionError(f"{name} is {count}; give a number from 1 up, or auto")

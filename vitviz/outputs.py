@@ -15,9 +15,9 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,15 @@ from vitviz.options import Kind, Method
 __all__ = [
     "Provenance",
     "encode",
+    "encode_picture",
     "is_whole",
     "obstacle",
     "output_path",
     "prepare_folder",
     "read_provenance",
+    "require_own",
     "sweep",
+    "write_own",
     "write_whole",
 ]
 
@@ -119,13 +122,17 @@ def encode(explanation: Explanation, kind: Kind, provenance: Provenance) -> byte
     A ``.npy`` file holds two arrays: ``numpy.load`` gives the relevance, and a second ``load``
     from the same open file the provenance.
     """
-    text = json.dumps(asdict(provenance), ensure_ascii=True)
+    if kind is not Kind.NPY:
+        return encode_picture(explanation.draw(kind), provenance)
     buffer = io.BytesIO()
-    if kind is Kind.NPY:
-        np.save(buffer, explanation.relevance)
-        np.save(buffer, np.array(text))
-        return buffer.getvalue()
-    return _png(explanation.draw(kind), text)
+    np.save(buffer, explanation.relevance)
+    np.save(buffer, np.array(_text(provenance)))
+    return buffer.getvalue()
+
+
+def encode_picture(pixels: NDArray[np.uint8], provenance: Provenance) -> bytes:
+    """Encode a picture (height, width, 3) RGB as PNG, provenance inside."""
+    return _png(pixels, _text(provenance))
 
 
 def read_provenance(path: Path) -> Provenance | None:
@@ -161,17 +168,34 @@ def write_whole(path: Path, content: bytes, provenance: Provenance) -> None:
     Raises:
         OutputError: Another file is in the way, or the place cannot be written to.
     """
-    new = _is_free_for(path, provenance)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path.parent) as temporary:
-            temporary.write_bytes(content)
-            # A name that was free may be another run's by now: only a link never replaces.
-            if not (new and _linked(temporary, path)):
-                _is_free_for(path, provenance)
-                temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    _put(path, content, partial(_is_free_for, path, provenance))
+
+
+def write_own(path: Path, content: bytes, is_own: Callable[[Path], bool]) -> None:
+    """Put a file that belongs to no one source in its place, replacing only one of its kind.
+
+    Args:
+        path: Where.
+        content: What.
+        is_own: Tells of a file that is there whether it may be replaced.
+
+    Raises:
+        OutputError: Another file is in the way, or the place cannot be written to.
+    """
+    _put(path, content, partial(require_own, path, is_own))
+
+
+def require_own(path: Path, is_own: Callable[[Path], bool]) -> bool:
+    """Tell whether a name is new.
+
+    Raises:
+        OutputError: It is taken by what must not be replaced.
+    """
+    if not os.path.lexists(path):
+        return True
+    if not is_own(path):
+        raise OutputError(f"{path} is in the way, and vitviz did not make it; choose another name")
+    return False
 
 
 def obstacle(folder: Path, error: OutputError) -> str | None:
@@ -205,6 +229,21 @@ def _is_free_for(path: Path, provenance: Provenance) -> bool:
         origin = f"was made from {found.source}" if found else "was not made by vitviz"
         raise OutputError(f"{path} is in the way and {origin}; move it or use another --output")
     return False
+
+
+def _put(path: Path, content: bytes, is_new: Callable[[], bool]) -> None:
+    """Write a file in one step where its name is new, or its owner has nothing against it."""
+    new = is_new()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path.parent) as temporary:
+            temporary.write_bytes(content)
+            # A name that was free may be another run's by now: only a link never replaces.
+            if not (new and _linked(temporary, path)):
+                is_new()
+                temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _linked(temporary: Path, path: Path) -> bool:
@@ -284,6 +323,10 @@ def _short(name: str) -> str:
     while kept and 0x80 <= encoded[len(kept)] < 0xC0:  # never cut inside a character
         kept = kept[:-1]
     return os.fsdecode(kept) + ending
+
+
+def _text(provenance: Provenance) -> str:
+    return json.dumps(asdict(provenance), ensure_ascii=True)
 
 
 def _png(pixels: NDArray[np.uint8], text: str) -> bytes:

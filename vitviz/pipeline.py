@@ -6,7 +6,6 @@ full batches, threads draw and write. Each holds only a bounded number of images
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections import Counter
@@ -31,7 +30,7 @@ from vitviz.models import Model
 from vitviz.options import Fit, Job, MethodOptions, PictureOptions
 from vitviz.outputs import sweep
 from vitviz.render import contrast
-from vitviz.streaming import group, in_order, map_ahead, stop_with, worker_threads
+from vitviz.streaming import Portions, group, in_order, map_ahead, stop_with, worker_threads
 
 __all__ = ["explain", "frame_of", "run", "to_tensor"]
 
@@ -223,32 +222,16 @@ class _Runner:
     def __init__(self, model: Model, job: Job, size: int, warn: Callable[[str], None]) -> None:
         self._model = model
         self._job = job
-        self._size = size
+        self._portions = Portions(size, warn, copies=job.method.refine**2)
         self._warn = warn
         self._doubts: Counter[Doubt] = Counter()
         self._first: dict[Doubt, Path] = {}
 
     def explain(self, samples: list[ImageSample]) -> Iterator[_Explained | Result]:
-        """Explain samples; where memory is short, in halves, and only a single one fails."""
-        while samples:
-            batch = samples[: self._size]
-            try:
-                yield from self._explain_at_once(batch)
-                samples = samples[len(batch) :]
-            except OptionError as error:  # other shapes may have the patch that is asked for
-                yield from (failure(sample.source, error) for sample in batch)
-                samples = samples[len(batch) :]
-            except MemoryError as error:
-                crowd = min(self._size, len(batch) * self._job.method.refine**2)
-                if crowd == 1:
-                    yield failure(batch[0].source, error)
-                    samples = samples[1:]
-                    continue
-                self._size = math.ceil(crowd / 2)
-                self._warn(
-                    f"not enough memory for {crowd} images at once: going on with "
-                    f"{self._size} (--batch-size {self._size} says so from the start)"
-                )
+        """Explain samples; only one that there is no memory for by itself fails."""
+        return self._portions.work(
+            samples, self._explain_at_once, lambda sample, error: failure(sample.source, error)
+        )
 
     def tell_doubts(self) -> None:
         """Say once for each reason how many maps may mislead."""
@@ -257,8 +240,11 @@ class _Runner:
             self._warn(f"{what}: {count}, the first of {self._first[doubt]}: {why}")
 
     def _explain_at_once(self, samples: list[ImageSample]) -> list[_Explained | Result]:
-        images = to_tensor(self._model, samples)
-        maps = explain_batch(self._model, images, self._job.method, at_once=self._size)
+        images, method = to_tensor(self._model, samples), self._job.method
+        try:
+            maps = explain_batch(self._model, images, method, at_once=self._portions.size)
+        except OptionError as error:  # other shapes may have the patch that is asked for
+            return [failure(sample.source, error) for sample in samples]
         explained = [
             _explanations(self._model, sample, maps, row, self._job)
             for row, sample in enumerate(samples)

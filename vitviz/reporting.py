@@ -7,10 +7,11 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any, TextIO
+from functools import partial
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -23,9 +24,18 @@ from rich.progress import (
 from rich.text import Text
 
 from vitviz.errors import OutputError, printable
+from vitviz.evaluation import Evaluation
+from vitviz.examination import Measurement
+from vitviz.images import Source
 from vitviz.ledger import Result
+from vitviz.scoreboard import show_evaluation
 
 __all__ = ["Reporter", "discard"]
+
+_Item = TypeVar("_Item")
+
+_RESULTS = ("written", "skipped", "failed")
+_MEASUREMENTS = ("measured", "failed")
 
 
 class Reporter:
@@ -63,32 +73,85 @@ class Reporter:
         Raises:
             OutputError: Results cannot be told, as into a file on a full disk.
         """
+        self._watch(results, total, partial(self._show, run=run), _RESULTS)
+
+    def collect(self, measurements: Iterable[Measurement], total: int) -> list[Measurement]:
+        """Gather measurements under a progress bar, telling of failures as they come; sum up.
+
+        Args:
+            measurements: As they come.
+            total: How many there will be.
+        """
+        kept = []
+
+        def keep(measurement: Measurement) -> None:
+            status = "failed" if measurement.error else "measured"
+            self._count(status, measurement.source, measurement.error)
+            kept.append(measurement)
+
+        self._watch(measurements, total, keep, _MEASUREMENTS)
+        return kept
+
+    def present(self, evaluation: Evaluation) -> None:
+        """Show methods side by side: as tables, or as one JSON document.
+
+        Raises:
+            OutputError: They cannot be told, as into a file on a full disk.
+        """
+        if self._as_json:
+            self._write(json.dumps(evaluation.to_dict(), allow_nan=False), b"\n")
+            return
+        if not evaluation.images:
+            return
+        console = Console(highlight=False)
+        with console.capture() as shown:
+            show_evaluation(evaluation, console)
+        if console.is_terminal:
+            print(shown.get(), end="", flush=True)
+        else:  # cells are padded with blanks, which a file has no use for
+            self._write("\n".join(map(str.rstrip, shown.get().splitlines())), b"\n")
+
+    def _watch(
+        self,
+        items: Iterable[_Item],
+        total: int,
+        tell: Callable[[_Item], None],
+        statuses: Sequence[str],
+    ) -> None:
+        """Tell of items as they come, under a progress bar, and sum up by status."""
         self._start, self._total = time.perf_counter(), total
         try:
-            with closing(self._progress(results, total)) as shown:
-                for result in shown:
-                    self._show(result, run)
+            with closing(self._progress(items, total)) as shown:
+                for item in shown:
+                    tell(item)
         finally:
-            self._summarize()
+            self._summarize(statuses)
+
+    def _count(self, status: str, source: Source, error: str | None) -> None:
+        self._counts[status] += 1
+        if error:
+            text = f"failed: {source.path} {error}"
+            self._errors.print(Text(printable(text), "red"), soft_wrap=True)
 
     def _show(self, result: Result, run: dict[str, Any]) -> None:
-        self._counts[result.status] += 1
-        if result.error:
-            text = f"failed: {result.source.path} {result.error}"
-            self._errors.print(Text(printable(text), "red"), soft_wrap=True)
+        self._count(result.status, result.source, result.error)
         if self._as_json:
             self._write(json.dumps(_record(result, run)), b"\n")
         elif result.status != "skipped":
             for output in result.outputs:
                 self._write(os.fspath(output.path), self._end)
 
-    def _summarize(self) -> None:
-        """Say how many images there were and how fast they went, if there were any."""
+    def _summarize(self, statuses: Sequence[str]) -> None:
+        """Say how many images there were and how fast they went, if there were any.
+
+        Args:
+            statuses: What can become of an image, what is hoped for first.
+        """
         if not self._counts:
             return
         seconds = time.perf_counter() - self._start
-        done = self._counts["written"]
-        parts = [f"{self._counts[status]} {status}" for status in ("written", "skipped", "failed")]
+        done = self._counts[statuses[0]]
+        parts = [f"{self._counts[status]} {status}" for status in statuses]
         if left := self._total - self._counts.total():
             parts.append(f"{left} not done")
         rate = f", {done / seconds:.1f} images/s" if done and seconds else ""
@@ -121,7 +184,7 @@ class Reporter:
         else:
             print(printable(text), flush=True)
 
-    def _progress(self, results: Iterable[Result], total: int) -> Generator[Result, None, None]:
+    def _progress(self, results: Iterable[_Item], total: int) -> Generator[_Item, None, None]:
         if not self._shows_progress:
             yield from results
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
@@ -9,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["group", "in_order", "map_ahead", "stop_with", "worker_threads"]
+__all__ = ["Portions", "group", "in_order", "map_ahead", "stop_with", "worker_threads"]
 
 _Before = TypeVar("_Before")
 _After = TypeVar("_After")
@@ -121,3 +122,43 @@ def in_order(numbered: Iterable[tuple[int, _After]]) -> Iterator[_After]:
         while following in early:
             yield early.pop(following)
             following += 1
+
+
+class Portions:
+    """Works on images of one shape, as many at once as there is memory for."""
+
+    def __init__(self, size: int, warn: Callable[[str], None], *, copies: int = 1) -> None:
+        """Begin with a size, and keep to a smaller one from when memory was short.
+
+        Args:
+            size: Images at once.
+            warn: Is told when they become fewer.
+            copies: How many the work makes of each, at most ``size`` of them at once.
+        """
+        self.size = size
+        self._warn = warn
+        self._copies = copies
+
+    def work(
+        self,
+        items: list[_Before],
+        function: Callable[[list[_Before]], list[_After]],
+        fail: Callable[[_Before, MemoryError], _After],
+    ) -> Iterator[_After]:
+        """Yield what a function makes of items; of one that is too large by itself, what fails."""
+        while items:
+            portion = items[: self.size]
+            try:
+                yield from function(portion)
+                items = items[len(portion) :]
+            except MemoryError as error:
+                crowd = min(self.size, len(portion) * self._copies)
+                if crowd == 1:
+                    yield fail(portion[0], error)
+                    items = items[1:]
+                    continue
+                self.size = math.ceil(crowd / 2)
+                self._warn(
+                    f"not enough memory for {crowd} images at once: going on with "
+                    f"{self.size} (--batch-size {self.size} says so from the start)"
+                )

@@ -1,0 +1,574 @@
+"""Methods side by side: right where the answer is known, reproducible, and told as promised."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import vitviz
+from fixtures_io import (
+    LABELS,
+    NAME,
+    ROOT,
+    SIZE,
+    Run,
+    Shell,
+    picture,
+    save_pictures,
+    save_tiny,
+    tiny_model,
+    tiny_module,
+)
+from vitviz import examination
+from vitviz.demo import CLASSES as DEMO_CLASSES
+from vitviz.engine import BatchMaps, explain_batch
+from vitviz.errors import LabelError, OptionError
+from vitviz.evaluation import CSV_HEADER, METRICS, Evaluation
+from vitviz.models import Model, load_model
+from vitviz.options import VARIANTS, EvaluationOptions, variant
+from vitviz.outputs import read_provenance
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCENES = ROOT / "sample_images" / "scenes"
+MASKS = SCENES / ".masks"
+
+
+@pytest.fixture
+def shell(
+    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    return Shell(capfdbinary, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that choose the tiny model, and few methods and resamples."""
+    folder = tmp_path_factory.mktemp("kept")
+    weights, labels = save_tiny(folder / "tiny.safetensors"), folder / "labels.txt"
+    labels.write_text("\n".join(LABELS), encoding="utf-8")
+    model = ["-m", NAME, "--img-size", str(SIZE), "--weights", str(weights)]
+    few = ["--methods", "rollout", "--methods", "grad-rollout", "--bootstrap", "50"]
+    return [*model, "--labels", str(labels), "--device", "cpu", *few]
+
+
+@cache
+def demo() -> Model:
+    return vitviz.load_model("demo", device="cpu")
+
+
+def mean(found: Evaluation, method: str, metric: str) -> float:
+    (standing,) = (each for each in found.standings if each.name == method)
+    return standing.summaries[metric].interval.mean
+
+
+def pictures(count: int) -> list[Image.Image]:
+    return [picture(SIZE, SIZE, seed=seed) for seed in range(count)]
+
+
+def corner_masks(count: int) -> list[np.ndarray[Any, Any]]:
+    """A quarter of each image is object."""
+    masks = [np.zeros((SIZE, SIZE), dtype=np.uint8) for _ in range(count)]
+    for number, mask in enumerate(masks):
+        row, col = (SIZE // 2 * (number >> bit & 1) for bit in (0, 1))
+        mask[row : row + SIZE // 2, col : col + SIZE // 2] = 1
+    return masks
+
+
+# What must come out
+
+
+def test_mask_as_a_map_beats_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of rollout's, maps are given that show the object asked for, and no more."""
+    scores: dict[str, list[dict[str, float]]] = {}
+    for path in sorted(SCENES.glob("*.png"))[:4]:
+        values = np.asarray(Image.open(MASKS / path.name))
+        for value in np.unique(values[values > 0]).tolist():
+            mask = values == value
+            share = mask.reshape(12, 32, 12, 32).mean(axis=(1, 3))  # of each patch
+            monkeypatch.setattr(examination, "explain_batch", showing(share))
+            found = vitviz.evaluate(
+                demo(), [path], methods=["rollout", "evidence"], masks=[mask], target=value - 1
+            )
+            for name, of_map in found.measurements[0].cases[0].scores.items():
+                scores.setdefault(name, []).append(dict(of_map))
+    assert len(scores["rollout"]) > 8
+    for metric in METRICS[:-1]:
+        best, *others = (
+            np.mean([each[metric.name] for each in scores[name]]) * (-1 if metric.lower else 1)
+            for name in ("rollout", "random", "centre", "evidence")
+        )
+        rivals = others if metric.located else others[:2]  # the model's own view is its own
+        assert best > max(rivals), metric.name
+    assert mean_of(scores["rollout"], "pointing") >= 0.9  # a patch is wider than a ring's line
+    assert mean_of(scores["rollout"], "average_precision") > 0.8
+
+
+def showing(share: np.ndarray[Any, Any]) -> Any:
+    """Make an ``explain_batch`` that shows one map in the place of rollout's."""
+
+    def explain(model: Model, images: Tensor, options: Any, **others: Any) -> BatchMaps:
+        found = explain_batch(model, images, options, **others)
+        if options != VARIANTS["rollout"]:
+            return found
+        given = torch.from_numpy(share).float().expand_as(found.relevance)
+        return replace(found, relevance=given)
+
+    return explain
+
+
+def mean_of(scores: list[dict[str, float]], metric: str) -> float:
+    return float(np.mean([each[metric] for each in scores]))
+
+
+def test_random_map_scores_what_a_random_map_must() -> None:
+    found = vitviz.evaluate(
+        tiny_model(), pictures(60), methods=["rollout"], masks=corner_masks(60), resamples=500
+    )
+    assert found.masked == 60
+    random = found.standings[0]
+    assert random.name == "random"
+    for metric, within in (("energy", 0.02), ("pointing", 0.15)):
+        assert random.summaries[metric].interval.mean == pytest.approx(0.25, abs=within)
+    difference = random.summaries["difference"].interval
+    assert difference.low < 0 < difference.high
+
+
+def test_class_specific_maps_fall_on_the_object_asked_for() -> None:
+    paths = sorted(SCENES.glob("*.png"))[:5]
+    found = vitviz.evaluate(
+        demo(), paths, methods=["rollout", "evidence"], masks=MASKS, target="mask"
+    )
+    cases = [case for each in found.measurements for case in each.cases]
+    assert len(cases) > 10
+    asked = [1 / len(each.cases) for each in found.measurements for _ in each.cases]
+    assert mean(found, "rollout", "specificity") == pytest.approx(np.mean(asked))  # knows no class
+    assert mean(found, "evidence", "specificity") > 0.9
+    for measurement in found.measurements:
+        named = {DEMO_CLASSES[each.class_index] for each in measurement.cases}
+        assert named == set(measurement.source.path.stem.split("-"))
+        assert len({case.scores["rollout"]["deletion"] for case in measurement.cases}) > 1
+
+
+def test_known_class_is_explained_by_all_methods() -> None:
+    """The scores of forced classes are those of the same classes asked for in words."""
+    model, images = tiny_model(), torch.randn(5, 3, SIZE, SIZE)
+    classes = torch.tensor([[4], [0], [6], [1], [1]])
+    for name in ("grad-rollout", "relevance", "evidence"):
+        forced = explain_batch(model, images, variant(name), class_indices=classes)
+        assert torch.equal(forced.class_indices, classes)
+        for row, class_index in enumerate(classes[:, 0].tolist()):
+            asked = replace(variant(name), classes=(str(class_index),))
+            alone = explain_batch(model, images[row : row + 1], asked).relevance[0, 0]
+            assert torch.allclose(forced.relevance[row, 0], alone, atol=1e-5 * float(alone.max()))
+
+
+def test_same_seed_gives_the_same_numbers_and_another_does_not() -> None:
+    def numbers(seed: int, batch_size: int | None = None) -> list[float]:
+        found = vitviz.evaluate(
+            tiny_model(),
+            pictures(5),
+            methods=["rollout"],
+            masks=corner_masks(5),
+            seed=seed,
+            batch_size=batch_size,
+            resamples=50,
+        )
+        return [
+            value
+            for standing in found.standings
+            for summary in standing.summaries.values()
+            for value in (summary.interval.mean, summary.interval.low, summary.interval.high)
+        ]
+
+    first = numbers(3)
+    assert first == numbers(3)
+    assert numbers(3, batch_size=2) == pytest.approx(first, abs=1e-5)
+    assert numbers(4) != first
+
+
+def test_random_map_hangs_on_the_image_and_not_on_its_place() -> None:
+    def energies(images: list[Image.Image]) -> list[float]:
+        masks = [corner_masks(1)[0]] * len(images)
+        found = vitviz.evaluate(tiny_model(), images, methods=["rollout"], masks=masks)
+        return [each.cases[0].scores["random"]["energy"] for each in found.measurements]
+
+    images = pictures(4)
+    assert energies(images) == energies(images[::-1])[::-1]
+    assert len(set(energies(images))) == 4
+
+
+# Masks, classes, truth
+
+
+def test_localisation_counts_the_images_that_have_a_mask() -> None:
+    masks: list[Any] = corner_masks(5)
+    masks[1], masks[3] = None, np.zeros((SIZE, SIZE), dtype=np.uint8)
+    found = vitviz.evaluate(tiny_model(), pictures(5), methods=["rollout"], masks=masks)
+    assert (found.images, found.masked, found.failed) == (5, 3, ())
+    counts = {name: each.images for name, each in found.standings[2].summaries.items()}
+    assert counts["deletion"] == 5
+    assert counts["energy"] == 3
+    assert "specificity" not in counts
+
+
+def test_truth_is_what_counts_as_right() -> None:
+    model, images = tiny_model(), pictures(6)
+    predicted = [
+        each.cases[0].class_index
+        for each in vitviz.evaluate(model, images, methods=["rollout"]).measurements
+    ]
+    wrong = [(each + 1) % 7 for each in predicted]
+    options: dict[str, Any] = {"methods": ["grad-rollout"], "convention": "chefer2021"}
+    plain = vitviz.evaluate(model, images, **options)
+    for standing in plain.standings:
+        assert standing.accuracy[:, 0].tolist() == [1, 1]  # untouched, the prediction is right
+    mistaken = vitviz.evaluate(model, images, truth=wrong, **options)
+    for standing, before in zip(mistaken.standings, plain.standings, strict=True):
+        assert standing.accuracy[:, 0].tolist() == [0, 0]
+        assert np.array_equal(standing.probability, before.probability)  # maps explain as before
+    asked = vitviz.evaluate(model, images, truth=wrong, target="truth", **options)
+    assert [each.cases[0].class_index for each in asked.measurements] == wrong
+    assert "true class" in asked.explanations["positive"]
+    assert "class explained" in plain.explanations["positive"]
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop", "native"])
+def test_images_and_masks_of_many_shapes_go_together(fit: str) -> None:
+    model = load_model(tiny_module(dynamic_img_size=True), device="cpu")
+    images = [picture(*size, seed=0) for size in ((50, 90), (90, 50), (70, 70), (50, 90))]
+    masks = []
+    for image in images:
+        mask = np.zeros((image.height, image.width), dtype=np.uint8)
+        mask[: image.height // 2] = 1
+        masks.append(mask)
+    found = vitviz.evaluate(model, images, methods=["rollout", "relevance@2"], masks=masks, fit=fit)
+    assert not found.failed
+    assert found.masked == 4
+    first, *_, last = (each.cases[0] for each in found.measurements)
+    for name, scores in first.scores.items():
+        assert last.scores[name] == pytest.approx(scores, abs=1e-5)
+
+
+def test_overflow_fails_the_image_and_names_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explain(model: Model, images: Tensor, options: Any, **others: Any) -> BatchMaps:
+        found = explain_batch(model, images, options, **others)
+        if options == variant("grad-rollout"):
+            found.relevance[1] = float("nan")
+        return found
+
+    monkeypatch.setattr(examination, "explain_batch", explain)
+    found = vitviz.evaluate(tiny_model(), pictures(3), methods=["rollout", "grad-rollout"])
+    (failed,) = found.failed
+    assert failed.source.key == "image 1"
+    assert "not finite with grad-rollout" in str(failed.error)
+    assert found.images == 2
+
+
+def test_short_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    forward = model.module.forward
+
+    def run_short(batch: Tensor) -> Tensor:
+        if len(batch) > 2:
+            torch.empty(1 << 46)
+        return forward(batch)  # type: ignore[no-any-return]
+
+    plain = vitviz.evaluate(model, pictures(5), methods=["rollout"])
+    monkeypatch.setattr(model.module, "forward", run_short)
+    with pytest.warns(UserWarning, match="not enough memory"):
+        short = vitviz.evaluate(model, pictures(5), methods=["rollout"], batch_size=5)
+    assert not short.failed
+    assert mean(short, "rollout", "deletion") == pytest.approx(mean(plain, "rollout", "deletion"))
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("gradcam",)}, "gradcam is unknown; choose among rollout"),
+        ({"methods": ("rollout@",)}, "rollout@ is unknown"),
+        ({"methods": ("rollout@0",)}, "--refine is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"resamples": 0}, "--bootstrap is 0"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+    ],
+)
+def test_options_outside_their_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        EvaluationOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ("top3", OptionError, "several classes"),
+        ("mask", OptionError, "nothing to go by"),
+        ("truth", OptionError, "nothing to go by"),
+        ("7", LabelError, "outside"),
+    ],
+)
+def test_class_that_cannot_be_explained_is_refused(
+    target: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        vitviz.evaluate(tiny_model(), pictures(1), target=target)
+
+
+def test_numbers_of_images_and_masks_must_agree() -> None:
+    with pytest.raises(OptionError, match="2 images, 1 masks"):
+        vitviz.evaluate(tiny_model(), pictures(2), masks=corner_masks(1))
+
+
+def test_model_without_a_head_has_no_score_to_measure_by() -> None:
+    model = load_model(tiny_module(classes=0), device="cpu")
+    with pytest.raises(OptionError, match="no classification head"):
+        vitviz.evaluate(model, pictures(1))
+
+
+def test_baselines_are_always_there_and_methods_that_suit_by_default() -> None:
+    options = EvaluationOptions(methods=("evidence", "evidence"))
+    assert examination.contenders(tiny_model(), options) == ("random", "centre", "evidence")
+    all_of_them = examination.contenders(tiny_model(), EvaluationOptions())
+    assert all_of_them == ("random", "centre", *VARIANTS)
+
+
+# The command
+
+
+def columns(done: Run) -> list[str]:
+    return done.out.decode().splitlines()
+
+
+def test_table_names_methods_metrics_and_conventions(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
+    done = shell("evaluate", "p", *tiny)
+    assert done.code == 0
+    lines = columns(done)
+    assert max(map(len, lines)) <= 80
+    assert not any(line != line.rstrip() for line in lines)
+    text = done.out.decode()
+    for word in ("random", "centre", "rollout", "grad-rollout", "deletion", "cost", "Faithfulness"):
+        assert word in text
+    assert "10, 20, 30, 40, 50, 60, 70, 80, 90 % of the patches" in text
+    assert "bootstrap" in text
+    assert "Localisation" not in text
+    assert done.err.splitlines()[0].startswith("Using ")
+    assert "3 measured, 0 failed" in done.err
+
+
+def test_json_is_one_document_with_everything(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
+    done = shell("evaluate", "p", "--json", *tiny)
+    (document,) = done.records
+    assert document["images"] == 3
+    assert document["failed"] == []
+    assert document["convention"]["name"] == "vitviz"
+    assert document["convention"]["shares"][0] == 0.1
+    assert set(document["methods"]) == {"random", "centre", "rollout", "grad-rollout"}
+    rollout = document["methods"]["rollout"]
+    assert rollout["cost"] > 0
+    assert rollout["options"]["discard"] == 0.9
+    deletion = rollout["metrics"]["deletion"]
+    assert deletion["low"] <= deletion["mean"] <= deletion["high"]
+    assert set(deletion["versus"]) == {"random", "centre"}
+    curve = rollout["curves"]["probability"]["most_relevant_first"]
+    assert len(curve) == 9
+    area = float(np.sum((np.array(curve)[1:] + np.array(curve)[:-1]) / 2) * 0.1 / 0.8)
+    assert deletion["mean"] == pytest.approx(area)
+    assert document["versions"]["vitviz"] == vitviz.__version__
+    assert len(document["weights"]["sha256"]) == 64
+    assert [each["source"] for each in document["cases"]] == ["p/a.png", "p/b.png", "p/c.png"]
+
+
+def test_csv_has_a_line_for_each_map_whose_means_are_the_table_s(
+    shell: Shell, tiny: list[str]
+) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png"])
+    done = shell("evaluate", "p", "--json", "--csv", "out/n.csv", *tiny)
+    assert done.code == 0
+    text = Path("out/n.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert text.splitlines()[0] == CSV_HEADER
+    assert [(row["source"], row["method"]) for row in rows] == [
+        (f"p/{name}.png", method)
+        for name in "ab"
+        for method in ("random", "centre", "rollout", "grad-rollout")
+    ]
+    assert all(row["energy"] == "" for row in rows)
+    means = done.records[0]["methods"]["rollout"]["metrics"]
+    found = [float(row["deletion"]) for row in rows if row["method"] == "rollout"]
+    assert np.mean(found) == pytest.approx(means["deletion"]["mean"])
+
+
+def test_plot_is_a_picture_that_vitviz_knows_as_its_own(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png"])
+    assert shell("evaluate", "p", "--plot", "p/curves.png", *tiny).code == 0
+    with Image.open("p/curves.png") as plot:
+        pixels = np.asarray(plot.convert("RGB"))
+    assert pixels.shape[1] > pixels.shape[0] > 300
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    found = read_provenance(Path("p/curves.png"))
+    assert found is not None
+    assert found.recipe["command"] == "evaluate"
+    done = shell("evaluate", "p", "--plot", "p/curves.png", "--json", *tiny)  # no source of it
+    assert done.code == 0
+    assert done.records[0]["images"] == 1
+
+
+@pytest.mark.parametrize("option", ["--csv", "--plot"])
+def test_file_of_others_is_never_overwritten(shell: Shell, tiny: list[str], option: str) -> None:
+    save_pictures(Path("p"), ["a.png"])
+    mine = Path("mine")
+    mine.write_text("source,notes\na,b\n", encoding="utf-8")
+    done = shell("evaluate", "p", option, "mine", *tiny)
+    assert done.code == 2
+    assert done.out == b""
+    assert "mine is in the way" in done.err
+    assert mine.read_text(encoding="utf-8") == "source,notes\na,b\n"
+
+
+def test_own_table_is_replaced(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png"])
+    table = Path("n.csv")
+    table.write_text(f"{CSV_HEADER}\nold\n", encoding="utf-8")
+    assert shell("evaluate", "p", "--csv", "n.csv", *tiny).code == 0
+    assert "old" not in table.read_text(encoding="utf-8")
+    assert {path.name for path in Path().iterdir()} == {"p", "n.csv"}
+
+
+def test_bad_image_is_named_and_the_others_are_measured(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png", "c.png"])
+    alone = shell("evaluate", "p", "--json", *tiny).records[0]
+    Path("p/b.png").write_bytes(b"no image")
+    done = shell("evaluate", "p", "gone.jpg", "--json", *tiny)
+    assert done.code == 1
+    (document,) = done.records
+    assert [each["source"] for each in document["failed"]] == ["p/b.png", "gone.jpg"]
+    assert "p/b.png" in done.err
+    assert "2 measured, 2 failed" in done.err
+    for name, method in document["methods"].items():
+        expected = alone["methods"][name]["metrics"]["deletion"]["mean"]
+        assert method["metrics"]["deletion"]["mean"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_nothing_but_bad_images_gives_no_table(shell: Shell, tiny: list[str]) -> None:
+    Path("a.png").touch()
+    done = shell("evaluate", "a.png", "--csv", "n.csv", "--plot", "c.png", *tiny)
+    assert (done.code, done.out) == (1, b"")
+    assert not Path("n.csv").exists()
+    assert not Path("c.png").exists()
+    document = shell("evaluate", "a.png", "--json", *tiny).records[0]
+    assert document["images"] == 0
+
+
+def test_masks_are_found_by_name_and_a_bad_one_fails_its_image(
+    shell: Shell, tiny: list[str]
+) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
+    save_pictures(Path("m"), ["b.png"])  # in colour: no mask
+    mask = np.zeros((48, 64), dtype=np.uint8)
+    mask[:, 32:] = 255
+    Image.fromarray(mask).save("m/a.png")
+    done = shell("evaluate", "p", "--masks", "m", "--json", *tiny)
+    (document,) = done.records
+    assert done.code == 1
+    assert (document["images"], document["masked"]) == (2, 1)
+    assert "RGB" in document["failed"][0]["error"]
+    energy = document["methods"]["random"]["metrics"]["energy"]
+    assert energy["images"] == 1
+    assert energy["low"] is energy["high"] is None  # nothing can be said of one image
+    table = shell("evaluate", "p", "--masks", "m", *tiny).out.decode()
+    assert "Localisation, 1 image with masks" in table
+
+
+def test_class_of_each_mask_needs_masks_that_name_classes(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
+    Path("m").mkdir()
+    for name, value in (("a", 4), ("b", 255)):
+        mask = np.zeros((48, 64), dtype=np.uint8)
+        mask[:, 32:] = value
+        Image.fromarray(mask).save(f"m/{name}.png")
+    done = shell("evaluate", "p", "--masks", "m", "--class", "mask", "--json", *tiny)
+    (document,) = done.records
+    assert [each["class_index"] for each in document["cases"]] == [3]
+    assert document["cases"][0]["class_label"] == "tabby, tabby cat"
+    reasons = [each["error"] for each in document["failed"]]
+    assert "values from 255 to 255" in reasons[0]
+    assert "no mask that names a class" in reasons[1]
+
+
+def test_true_classes_come_from_a_file(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png"])
+    Path("truth.txt").write_text("a.png 5\n", encoding="utf-8")
+    words = ["--truth", "truth.txt", "--class", "truth", "--json"]
+    done = shell("evaluate", "p", *words, *tiny)
+    (document,) = done.records
+    assert [(each["class_index"], each["truth"]) for each in document["cases"]] == [(5, 5)]
+    assert "no true class" in document["failed"][0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "gradcam"], "gradcam is unknown"),
+        (["--masks", "gone"], "gone is no folder"),
+        (["--masks", "p/q"], "no PNG of the name"),
+        (["--truth", "gone"], "cannot be read"),
+        (["--class", "mask"], "nothing to go by"),
+        (["--convention", "rise"], "rise"),
+        (["--bootstrap", "0"], "--bootstrap is 0"),
+    ],
+)
+def test_mistakes_exit_2_and_say_what_is_wrong(
+    shell: Shell, tiny: list[str], words: list[str], message: str
+) -> None:
+    save_pictures(Path("p"), ["a.png"])
+    Path("p/q").mkdir()
+    done = shell("evaluate", "p", *tiny, *words)
+    assert (done.code, done.out) == (2, b"")
+    assert message in done.err
+
+
+def test_conventions_differ(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png"])
+    ours, chefers = (
+        shell("evaluate", "p", "--convention", name, "--json", *tiny).records[0]
+        for name in ("vitviz", "chefer2021")
+    )
+    assert chefers["convention"]["shares"] == [0.0, *ours["convention"]["shares"]]
+    assert chefers["convention"]["unit"] == "pixels"
+    assert chefers["convention"]["fill"] == "black"
+    curve = chefers["methods"]["rollout"]["curves"]["accuracy"]["most_relevant_first"]
+    positive = chefers["methods"]["rollout"]["metrics"]["positive"]["mean"]
+    assert positive == pytest.approx(
+        sum((a + b) / 20 for a, b in zip(curve, curve[1:], strict=False))
+    )
+
+
+def test_interval_marks_are_those_of_the_differences() -> None:
+    found = vitviz.evaluate(demo(), sorted(SCENES.glob("*.png"))[:5], methods=["evidence"])
+    for standing in found.standings:
+        for metric in METRICS:
+            summary = standing.summaries.get(metric.name)
+            if summary is None:
+                continue
+            assert standing.name not in summary.versus
+            beaten = [
+                each.high < 0 if metric.lower else each.low > 0 for each in summary.versus.values()
+            ]
+            assert summary.better is all(beaten)
+    assert found.standings[2].summaries["deletion"].better
