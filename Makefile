@@ -9,7 +9,7 @@ BENCH ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check zoo bench census figures format clean
+.PHONY: help setup demo test check coverage zoo bench census figures format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,16 @@ check: setup  ## check format, lint and types, then run the tests
 	$(BIN)/mypy
 	$(MAKE) test
 
+coverage: .venv/coverage  ## tell which lines and branches no test runs
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -q
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --show-missing --skip-covered
+
+.venv/coverage: .venv/installed
+	$(BIN)/python -m pip install --quiet --group coverage
+	@touch $@
+
 zoo: setup  ## prove the maps of every model of timm that is supported (long)
 	$(BIN)/python -m pytest -q -s tests/sweep_zoo.py
 
@@ -58,4 +68,4 @@ format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what was made here
-	rm -rf .venv .bench vitviz-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .bench .coverage* vitviz-out .pytest_cache .mypy_cache .ruff_cache
