@@ -6,8 +6,10 @@ import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from vitviz.demo import CLASSES
 from vitviz.demo import train as room
-from vitviz.demo.scenes import SceneStyle, as_input, paint_scene
+from vitviz.demo.scenes import HELD_OUT, Scene, SceneStyle, as_input, paint_scene
 from vitviz.demo.train import CURRICULUM, Round, train
 from vitviz.models import load_model
 
@@ -31,6 +33,8 @@ ROUNDS = (
     Round(size=24, scenes=64, passes=2, style=STYLE),
     Round(size=32, scenes=64, passes=40, style=STYLE, rates=(1.0, 0.0)),
 )
+
+SHORT = tuple(replace(stage, passes=1) for stage in ROUNDS)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +176,22 @@ def test_curriculum_ends_at_the_bundled_models_size_with_a_rate_of_zero() -> Non
     assert CURRICULUM[-1].size == config["model_args"]["img_size"]
     assert CURRICULUM[-1].rates[1] == 0
     assert sum(stage.steps for stage in CURRICULUM) == 2_998  # as the README says
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_scene_to_learn_from_is_a_held_out_one(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painted = []
+
+    def noted(number: int, **options: Any) -> Scene:
+        painted.append((options.get("stream", HELD_OUT), number))
+        return paint_scene(number, **options)
+
+    monkeypatch.setattr(room, "paint_scene", noted)
+    monkeypatch.setattr(room, "_report", lambda model: "")  # which looks at held-out ones
+    monkeypatch.setattr(room, "_painters", ThreadPoolExecutor)
+    train(seed, SHORT)
+    assert {stream for stream, _ in painted} == {seed + 1} != {HELD_OUT}  # a stream for each seed
+    assert len(set(painted)) == len(painted) == sum(stage.scenes for stage in SHORT)
