@@ -28,7 +28,7 @@ from vitviz.render import normalize
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # A class whose gradient speaks for nothing is drawn now and then, and told of.
-    pytest.mark.filterwarnings("ignore:maps "),
+    pytest.mark.filterwarnings("ignore:.*, the first of "),
 ]
 
 

@@ -53,16 +53,10 @@ class Doubt(Enum):
         "maps without any heat",
         "all patches count alike, for no attention speaks for the class",
     )
-    EVEN = ("maps that are nearly the same everywhere", "colours make more of them than there is")
-    PREFIX = (
-        "maps of images with most attention on prefix tokens",
-        "what is there, no map shows",
-    )
-    OUTLIERS = (
-        "maps of images with a few patch tokens of very large norm",
-        "heat on these says nothing of their place",
-    )
-    POWERLESS = ("maps of classes with next to no gradient", "little that is drawn moves the class")
+    EVEN = ("maps nearly the same everywhere", "colours make more of them than there is")
+    PREFIX = ("most attention on prefix tokens", "what is there, no map shows")
+    OUTLIERS = ("patch tokens of outlying norm", "heat on these says nothing of their place")
+    POWERLESS = ("next to no gradient", "little that is drawn moves the class")
 
 
 @dataclass(frozen=True, kw_only=True)
