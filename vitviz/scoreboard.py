@@ -58,17 +58,17 @@ def _score_table(
 
 
 def _score(standing: Standing, metric: Metric) -> Text:
+    """Write a mean, and its interval beneath; a single image has none."""
     summary = standing.summaries[metric.name]
-    low, high = (_decimals(end, 2) for end in (summary.interval.low, summary.interval.high))
+    ends = (summary.interval.low, summary.interval.high)
+    interval = "" if math.isnan(ends[0]) else "–".join(_decimals(end, 2) for end in ends)
     marked = summary.better and not standing.is_baseline
     mean = _decimals(summary.interval.mean, 3) + ("*" if marked else " ")
-    return Text.assemble((mean, "bold" if marked else ""), (f"\n{low}–{high} ", "dim"))
+    return Text.assemble((mean, "bold" if marked else ""), (f"\n{interval} ", "dim"))
 
 
 def _decimals(value: float, digits: int) -> str:
     """Write .597, 1.000, -.012."""
-    if math.isnan(value):
-        return "?"
     return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
 
 
