@@ -102,6 +102,7 @@ def explain(
         raise OptionError("expected a list of images, and got one; write [image]")
     pictures = pictures or PictureOptions()
     job = Job(method=method, pictures=pictures, fit=fit, batch_size=batch_size)
+    class_requests(model, method)
     frame = _frame(model, job)
 
     def load(numbered: tuple[int, Any]) -> ImageSample | Result:

@@ -72,7 +72,8 @@ def place_back(maps: list[Tensor], made: list[Shift], refine: int) -> Tensor:
 
     Returns:
         (..., rows · refine, cols · refine); a patch's relevance is shared out among its cells, so
-        that sums stay what they were, but for the edges.
+        that sums stay what they were, but for the edges. What a shift moved out of view it says
+        nothing of: cells at a border are means of fewer patches.
     """
     rows, cols = (side * refine for side in maps[0].shape[-2:])
     total = maps[0].new_zeros((*maps[0].shape[:-2], rows, cols))

@@ -1,0 +1,155 @@
+"""Maps finer than patches: shifts, and the way back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import vitviz
+from comparison import loaded
+from fixtures_io import picture, tiny_model
+from tiny import CASES, TinyCase
+from vitviz.cli import main
+from vitviz.engine import explain_batch
+from vitviz.errors import OptionError
+from vitviz.options import Method, MethodOptions
+from vitviz.refinement import Shift, place_back, shifted, shifts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def patch_means(images: Tensor, patch: int) -> Tensor:
+    """Explain an image by the mean of each patch's pixels (batch, rows, cols)."""
+    return torch.nn.functional.avg_pool2d(images, patch)[:, 0]
+
+
+def refined(image: Tensor, patch: int, refine: int) -> Tensor:
+    made = shifts(refine, (patch, patch))
+    return place_back([patch_means(shifted(image, each), patch) for each in made], made, refine)[0]
+
+
+@pytest.mark.parametrize(("patch", "refine"), [(8, 2), (16, 3), (14, 3), (16, 4), (12, 2)])
+@pytest.mark.parametrize("grid", [(3, 5), (4, 3)])
+def test_hot_pixel_stays_where_it_is(patch: int, refine: int, grid: tuple[int, int]) -> None:
+    """At the middle of every cell of the fine grid, those of all four borders among them.
+
+    A cell at a border is in view of fewer shifts, and its reflection is seen beside it: it may be
+    as hot as its hot neighbour, or a little more.
+    """
+    rows, cols = (side * refine for side in grid)
+    for row in range(rows):
+        for col in range(cols):
+            image = torch.zeros(1, 1, grid[0] * patch, grid[1] * patch)
+            place = [int((cell + 0.5) * patch / refine) for cell in (row, col)]
+            image[0, 0, place[0], place[1]] = 1
+            fine = refined(image, patch, refine)
+            assert fine.shape == (rows, cols)
+            assert fine[row, col] >= 0.9 * fine.max()
+            hottest = (fine > (1 - 1e-6) * fine.max()).nonzero().tolist()
+            if refine <= row < rows - refine and refine <= col < cols - refine:
+                assert hottest == [[row, col]]
+
+
+@pytest.mark.parametrize("refine", [2, 3, 4])
+def test_smooth_image_keeps_its_slopes_at_all_borders(refine: int) -> None:
+    """Where nothing is reflected a plane stays a plane, without an offset to any side."""
+    height, width = 5 * 24, 6 * 24
+    rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    plane = (0.5 + rows) / 24 + 3 * (0.5 + cols) / 24
+    fine = refined(plane[None, None].float(), 24, refine) * refine**2
+    down, right = torch.meshgrid(
+        *((torch.arange(side * refine) + 0.5) / refine for side in (5, 6)), indexing="ij"
+    )
+    inside = (slice(refine, -refine),) * 2
+    torch.testing.assert_close(fine[inside], (down + 3 * right)[inside])
+
+
+@pytest.mark.parametrize("pixels", [(0, 0), (3, 0), (0, -4), (-2, 5), (7, 7)])
+def test_shift_is_what_it_says(pixels: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).random((1, 1, 9, 11), dtype=np.float32)
+    moved = shifted(torch.from_numpy(image), Shift(cells=(0, 0), pixels=pixels))[0, 0].numpy()
+    padded = np.pad(image[0, 0], 8, mode="reflect")
+    down, right = (8 - each for each in pixels)
+    np.testing.assert_array_equal(moved, padded[down : down + 9, right : right + 11])
+
+
+def test_first_shift_is_none_and_each_is_made_once() -> None:
+    for refine in (1, 2, 3, 5):
+        made = shifts(refine, (16, 14))
+        assert made[0] == Shift(cells=(0, 0), pixels=(0, 0))
+        residues = {tuple(cell % refine for cell in each.cells) for each in made}
+        assert len(residues) == len(made) == refine**2
+        assert max(abs(cell) for each in made for cell in each.cells) <= refine / 2
+
+
+def test_sums_are_kept_away_from_the_edges() -> None:
+    image = torch.zeros(1, 1, 64, 64)
+    image[0, 0, 27, 35] = 1
+    whole = float(patch_means(image, 16).sum())
+    assert float(refined(image, 16, 4).sum()) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [each for each in Method if each is not Method.ATTENTION])
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=str)
+def test_refined_maps_are_the_shifted_maps_put_back(case: TinyCase, method: Method) -> None:
+    classes = ("top1",)
+    options = MethodOptions(method=method, classes=classes, refine=2)
+    whole = explain_batch(loaded(case), case.images(), options)
+    made = shifts(2, loaded(case).preprocessing.patch)
+    once = MethodOptions(method=method, classes=classes)
+    maps = [
+        explain_batch(
+            loaded(case), shifted(case.images(), each), once, class_indices=whole.class_indices
+        ).relevance
+        for each in made
+    ]
+    torch.testing.assert_close(whole.relevance, place_back(maps, made, 2), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 7, 100])
+def test_how_many_run_at_once_does_not_matter(at_once: int) -> None:
+    case = CASES[0]
+    options = MethodOptions(method=Method.EVIDENCE, classes=("2",), refine=3)
+    one = explain_batch(loaded(case), case.images(), options).relevance
+    other = explain_batch(loaded(case), case.images(), options, at_once=at_once).relevance
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_refining_once_is_the_identity() -> None:
+    images = [picture(64, 64)]
+    (plain,), (same,), (fine,) = (
+        vitviz.rollout(tiny_model(), images, **options)
+        for options in ({}, {"refine": 1}, {"refine": 2})
+    )
+    assert np.array_equal(plain.relevance, same.relevance)
+    assert fine.relevance.shape == tuple(2 * side for side in plain.relevance.shape)
+
+
+def test_ranks_are_those_of_the_image_where_it_is() -> None:
+    case = CASES[0]
+    options = MethodOptions(method=Method.GRAD_ROLLOUT, classes=("top1",))
+    plain = explain_batch(loaded(case), case.images(), options)
+    moved = shifted(case.images(), shifts(2, (8, 8))[-1])
+    elsewhere = explain_batch(loaded(case), moved, options)
+    assert plain.class_indices is not None
+    assert elsewhere.class_indices is not None
+    assert not torch.equal(plain.class_indices, elsewhere.class_indices)  # or this shows nothing
+    fine = explain_batch(
+        loaded(case),
+        case.images(),
+        MethodOptions(method=Method.GRAD_ROLLOUT, classes=("top1",), refine=2),
+    )
+    assert fine.class_indices is not None
+    assert torch.equal(fine.class_indices, plain.class_indices)
+
+
+@pytest.mark.parametrize("refine", [0, -1, 17])
+def test_what_cannot_be_refined_is_refused(refine: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OptionError, match="--refine is"):
+        vitviz.rollout(tiny_model(), [picture(64, 64)], refine=refine)
+    with pytest.raises(SystemExit) as left:
+        main(["rollout", "sample_images", "-m", "demo", f"--refine={refine}"])
+    assert left.value.code == 2
+    assert "--refine is" in capsys.readouterr().err
