@@ -370,6 +370,16 @@ def test_table_names_methods_metrics_and_conventions(shell: Shell, tiny: list[st
     assert "3 measured, 0 failed" in done.err
 
 
+def test_table_of_one_image_has_means_and_no_intervals(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png"])
+    text = shell("evaluate", "p", *tiny).out.decode()
+    scores = text[text.index("random") : text.index("* better")]
+    assert scores.count("rollout") == 2
+    assert scores.count(".") > 20
+    assert not {"–", "?"} & set(scores)
+    assert "nan" not in scores
+
+
 def test_json_is_one_document_with_everything(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
     done = shell("evaluate", "p", "--json", *tiny)
