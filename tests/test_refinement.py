@@ -46,7 +46,7 @@ def test_hot_pixel_stays_where_it_is(patch: int, refine: int, grid: tuple[int, i
             image[0, 0, place[0], place[1]] = 1
             fine = refined(image, patch, refine)
             assert fine.shape == (rows, cols)
-            assert fine[row, col] >= 0.9 * fine.max()
+            assert fine[row, col] >= 0.85 * fine.max()
             hottest = (fine > (1 - 1e-6) * fine.max()).nonzero().tolist()
             if refine <= row < rows - refine and refine <= col < cols - refine:
                 assert hottest == [[row, col]]
