@@ -8,12 +8,14 @@ from functools import cache
 
 import numpy as np
 
+import linear_oracles
 import oracles
+from linear_oracles import LinearSteps, LinearTrace, Rules
 from oracles import Array
 from tiny import TinyCase
 from vitviz.engine import explain_batch
 from vitviz.models import Model, load_model
-from vitviz.options import HeadFusion, Method, MethodOptions
+from vitviz.options import AttentionRule, HeadFusion, Method, MethodOptions
 
 TOLERANCE = 1e-4  # of a map's range, the contract's
 
@@ -51,6 +53,45 @@ class Setting:
         return f"{self.fusion}-{self.discard:g}{start}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearSetting:
+    """A method that carries relevance back through the network, with its options.
+
+    Attributes:
+        name: "relevance" or "classic" for the two forms of relevance, "value" or "shared" for the
+            two rules of evidence.
+        start_layer: Blocks before this one are left out; None: as many as the method says.
+    """
+
+    name: str
+    start_layer: int | None = None
+
+    @property
+    def is_gradient(self) -> bool:
+        return True
+
+    @property
+    def is_evidence(self) -> bool:
+        return self.name in ("value", "shared")
+
+    def options(self, classes: tuple[str, ...] = ("top1",), refine: int = 1) -> MethodOptions:
+        """Say the same to the package."""
+        return MethodOptions(
+            method=Method.EVIDENCE if self.is_evidence else Method.RELEVANCE,
+            classic=self.name == "classic",
+            rule=AttentionRule(self.name) if self.is_evidence else AttentionRule.VALUE,
+            start_layer=self.start_layer,
+            classes=classes,
+            refine=refine,
+        )
+
+    def __str__(self) -> str:
+        start = "" if self.start_layer is None else f"-from-{self.start_layer}"
+        return ("evidence-" if self.is_evidence else "") + self.name + start
+
+
+AnySetting = Setting | LinearSetting
+
 ROLLOUTS = tuple(
     Setting(fusion=fusion, discard=discard)
     for fusion in ("mean", "max", "min")
@@ -62,6 +103,14 @@ STARTED = (
     Setting(fusion="gradient", discard=0.9, start_layer=1),
 )
 SETTINGS = ROLLOUTS + GRADIENTS + STARTED
+RELEVANCE, CLASSIC, EVIDENCE, SHARED_EVIDENCE = LINEAR = tuple(
+    LinearSetting(name=name) for name in ("relevance", "classic", "value", "shared")
+)
+LINEAR_STARTED = (
+    LinearSetting(name="relevance", start_layer=0),
+    LinearSetting(name="relevance", start_layer=1),
+    LinearSetting(name="classic", start_layer=1),
+)
 
 Mistake = Callable[[list[Array], list[Array] | None], tuple[list[Array], list[Array] | None]]
 
@@ -93,7 +142,13 @@ def class_gradients(case: TinyCase) -> list[list[Array]]:
 
 
 @cache
-def found(case: TinyCase, setting: Setting) -> Array:
+def linear_traced(case: TinyCase, rules: Rules) -> LinearTrace:
+    """Run a tiny model linearised by hand; a model of its own, never seen by the package."""
+    return linear_oracles.linear_trace(case.build(), case.images(), rules)
+
+
+@cache
+def found(case: TinyCase, setting: AnySetting) -> Array:
     """Compute relevance (batch, maps, rows, cols) by the package."""
     options = setting.options(requested(case))
     return np.asarray(explain_batch(loaded(case), case.images(), options).relevance, np.float64)
@@ -149,8 +204,81 @@ def by_hand(
     return np.stack(images)
 
 
+def linear_by_hand(
+    case: TinyCase,
+    setting: LinearSetting,
+    *,
+    rules: Rules | None = None,
+    steps: LinearSteps = linear_oracles.STEPS,
+    readout: Array | None = None,
+    classes: tuple[int, ...] | None = None,
+) -> Array:
+    """Compute relevance or evidence (batch, maps, rows, cols) from the formulas.
+
+    Args:
+        case: The tiny model.
+        setting: The method.
+        rules: Mistaken rules for what is a constant on the way back.
+        steps: Mistaken formulas.
+        readout: Mistaken w of the classic form.
+        classes: Mistaken classes, in place of the two that are asked for by number.
+    """
+    trace = traced(case)
+    count = len(trace.logits)
+    of_maps = [[index] * count for index in classes or case.classes] + [trace.top_class()]
+    maps = [_linear_tokens(case, setting, each, rules, steps, readout) for each in of_maps]
+    return np.stack(
+        [
+            np.stack([oracles.on_grid(each[image], case.prefix_tokens, case.grid) for each in maps])
+            for image in range(count)
+        ]
+    )
+
+
+def reference(case: TinyCase, setting: AnySetting) -> Array:
+    """Compute maps (batch, maps, rows, cols) from the formulas, whatever the method."""
+    if isinstance(setting, LinearSetting):
+        return linear_by_hand(case, setting)
+    return by_hand(case, setting)
+
+
+def _linear_tokens(
+    case: TinyCase,
+    setting: LinearSetting,
+    class_of_image: list[int],
+    rules: Rules | None,
+    steps: LinearSteps,
+    readout: Array | None,
+) -> list[Array]:
+    """Compute one map of each image (tokens)."""
+    if setting.name == "classic":
+        gradients = traced(case).gradients(class_of_image)
+        return [
+            linear_oracles.classic_relevance(
+                [block[image] for block in traced(case).attention],
+                [block[image] for block in gradients],
+                readout=case.readout(case.tokens) if readout is None else readout,
+                first_block=setting.start_layer or 0,
+                steps=steps,
+            )
+            for image in range(len(class_of_image))
+        ]
+    right = linear_oracles.SHARED if setting.name == "shared" else linear_oracles.VALUE
+    images = linear_traced(case, rules or right).about(class_of_image)
+    if setting.is_evidence:
+        return [linear_oracles.token_evidence(image, steps=steps) for image in images]
+    return [
+        linear_oracles.token_relevance(image, first_block=setting.start_layer, steps=steps)
+        for image in images
+    ]
+
+
 def distance(maps: Array, reference: Array) -> Array:
-    """Return the largest difference (batch, maps) as a share of each reference map's range."""
+    """Return the largest difference (batch, maps) as a share of each reference map's range.
+
+    From a map of nothing, which has no range, it is the difference itself.
+    """
     assert maps.shape == reference.shape, f"{maps.shape} is not {reference.shape}"
     span = reference.max(axis=(2, 3)) - reference.min(axis=(2, 3))
+    span[~reference.any(axis=(2, 3))] = 1
     return np.abs(maps - reference).max(axis=(2, 3)) / span

@@ -17,6 +17,7 @@ from vitviz.layout import Readout, read_layout
 from vitviz.models import preprocessing_of
 from vitviz.support import Support, survey_models
 from zoo import (
+    SETTINGS,
     assert_layout_is_measured,
     assert_readout_is_measured,
     assert_relevance_equals_reference,
@@ -38,13 +39,13 @@ class Tally:
         refused: Those that vitviz does not support.
         supported: The others, by kind.
         proved: Those of them that were compared with the reference.
-        errors: Their largest errors.
+        errors: Their largest errors, by setting.
     """
 
     refused: list[str] = field(default_factory=list)
     supported: dict[str, list[str]] = field(default_factory=dict)
     proved: list[str] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def visited(self) -> int:
@@ -52,13 +53,17 @@ class Tally:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{len(names)} {kind}" for kind, names in self.supported.items())
-        worst = max(self.errors, key=self.errors.__getitem__, default=None)
-        error = f", the largest error {self.errors[worst]:.1e} ({worst})" if worst else ""
-        return (
+        lines = [
             f"timm {timm.__version__}: {self.visited} of {len(NAMES)} entrypoints: "
             f"{len(self.refused)} refused; supported: {kinds or 'none'}; "
-            f"{len(self.proved)} proved{error}"
-        )
+            f"{len(self.proved)} proved"
+        ]
+        for setting in map(str, SETTINGS):
+            errors = {name: each[setting] for name, each in self.errors.items() if setting in each}
+            if errors:
+                worst = max(errors, key=errors.__getitem__)
+                lines.append(f"{setting}: at most {errors[worst]:.1e} ({worst}) in {len(errors)}")
+        return "\n".join(lines)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,7 @@ def test_entrypoint_is_proved_or_refused(
     assert_layout_is_measured(specimen)
     assert_readout_is_measured(specimen)
     assert_relevance_equals_reference(specimen)
-    tally.errors[name] = max(specimen.errors.values())
+    tally.errors[name] = specimen.errors
     tally.proved.append(name)
 
 

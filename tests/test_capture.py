@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comparison import GRADIENTS, ROLLOUTS, Setting, distance, found, loaded, requested, traced
+from comparison import (
+    GRADIENTS,
+    LINEAR,
+    ROLLOUTS,
+    AnySetting,
+    distance,
+    found,
+    loaded,
+    requested,
+    traced,
+)
 from tiny import CASES, TinyCase
 from vitviz.capture import AttentionCapture, output_gradients
 from vitviz.engine import explain_batch
@@ -29,7 +39,7 @@ PLAIN, RELATIVE, ROPE = (
 )
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
-each_method = pytest.mark.parametrize("setting", [ROLLOUTS[3], GRADIENTS[1]], ids=str)
+each_method = pytest.mark.parametrize("setting", [ROLLOUTS[3], GRADIENTS[1], *LINEAR], ids=str)
 
 
 def _make_odd(model: nn.Module) -> None:
@@ -136,7 +146,7 @@ class _Skipped(nn.Module):
 
 @each_method
 @each_case
-def test_model_is_as_it_was_afterwards(case: TinyCase, setting: Setting) -> None:
+def test_model_is_as_it_was_afterwards(case: TinyCase, setting: AnySetting) -> None:
     model = load_model(case.build(), device="cpu")
     _make_odd(model.module)
     snapshot = _Snapshot(model.module, case.images(2))
@@ -146,7 +156,7 @@ def test_model_is_as_it_was_afterwards(case: TinyCase, setting: Setting) -> None
 
 @each_method
 @pytest.mark.parametrize("error", [_BrokenError, KeyboardInterrupt])
-def test_model_is_as_it_was_after_an_error(setting: Setting, error: type[BaseException]) -> None:
+def test_model_is_as_it_was_after_an_error(setting: AnySetting, error: type[BaseException]) -> None:
     model = load_model(PLAIN.build(), device="cpu")
     whole = model.module.blocks[2].mlp
     _make_odd(model.module)
@@ -163,7 +173,7 @@ def test_model_is_as_it_was_after_an_error(setting: Setting, error: type[BaseExc
 
 
 @each_method
-def test_missing_attention_call_is_an_error_that_names_both_counts(setting: Setting) -> None:
+def test_missing_attention_call_is_an_error_that_names_both_counts(setting: AnySetting) -> None:
     model = load_model(PLAIN.build(), device="cpu")
     _make_odd(model.module)
     model.module.blocks[1] = _Skipped()
@@ -174,7 +184,7 @@ def test_missing_attention_call_is_an_error_that_names_both_counts(setting: Sett
 
 
 @each_method
-def test_surplus_attention_call_is_an_error_that_names_both_counts(setting: Setting) -> None:
+def test_surplus_attention_call_is_an_error_that_names_both_counts(setting: AnySetting) -> None:
     model = load_model(PLAIN.build(), device="cpu")
     model.module.blocks.append(PLAIN.build().blocks[0])
     with pytest.raises(CaptureError, match=r"\b5\b.*\b4\b"):
@@ -182,7 +192,7 @@ def test_surplus_attention_call_is_an_error_that_names_both_counts(setting: Sett
 
 
 @each_method
-def test_model_works_on_after_an_error(setting: Setting) -> None:
+def test_model_works_on_after_an_error(setting: AnySetting) -> None:
     model = load_model(PLAIN.build(), device="cpu")
     whole = model.module.blocks[2].mlp
     model.module.blocks[2].mlp = _Broken(_BrokenError)
@@ -203,7 +213,7 @@ def test_loading_leaves_a_model_object_as_it_was() -> None:
 
 
 @each_method
-def test_images_are_left_as_they_were(setting: Setting) -> None:
+def test_images_are_left_as_they_were(setting: AnySetting) -> None:
     images = PLAIN.images()
     explain_batch(loaded(PLAIN), images, setting.options())
     assert torch.equal(images, PLAIN.images())
@@ -212,7 +222,7 @@ def test_images_are_left_as_they_were(setting: Setting) -> None:
 
 
 @each_method
-def test_results_keep_no_graph(setting: Setting) -> None:
+def test_results_keep_no_graph(setting: AnySetting) -> None:
     maps = explain_batch(loaded(PLAIN), PLAIN.images(), setting.options())
     assert not maps.logits.requires_grad
     assert not torch.as_tensor(maps.relevance).requires_grad
@@ -220,7 +230,9 @@ def test_results_keep_no_graph(setting: Setting) -> None:
 
 @each_method
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
-def test_callers_gradient_mode_does_not_matter(setting: Setting, mode: Callable[[], Any]) -> None:
+def test_callers_gradient_mode_does_not_matter(
+    setting: AnySetting, mode: Callable[[], Any]
+) -> None:
     options = setting.options(requested(PLAIN))
     with mode():
         maps = explain_batch(loaded(PLAIN), PLAIN.images(), options)
@@ -228,7 +240,7 @@ def test_callers_gradient_mode_does_not_matter(setting: Setting, mode: Callable[
 
 
 @each_method
-def test_trained_model_is_explained_as_in_evaluation(setting: Setting) -> None:
+def test_trained_model_is_explained_as_in_evaluation(setting: AnySetting) -> None:
     case = PLAIN
     architecture = partial(
         case.architecture, drop_rate=0.5, attn_drop_rate=0.5, proj_drop_rate=0.5, drop_path_rate=0.5
@@ -243,7 +255,7 @@ def test_trained_model_is_explained_as_in_evaluation(setting: Setting) -> None:
 
 
 @each_method
-def test_gradient_checkpointing_does_not_matter(setting: Setting) -> None:
+def test_gradient_checkpointing_does_not_matter(setting: AnySetting) -> None:
     model = load_model(PLAIN.build(), device="cpu")
     model.module.set_grad_checkpointing(True)
     options = setting.options(requested(PLAIN))
@@ -255,7 +267,7 @@ def test_gradient_checkpointing_does_not_matter(setting: Setting) -> None:
 
 @each_method
 @each_case
-def test_unfused_attention_is_captured_and_restored(case: TinyCase, setting: Setting) -> None:
+def test_unfused_attention_is_captured_and_restored(case: TinyCase, setting: AnySetting) -> None:
     module = case.build()
     for block in module.blocks:
         block.attn.fused_attn = False

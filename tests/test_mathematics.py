@@ -15,18 +15,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import linear_oracles
 import oracles
 from comparison import (
+    CLASSIC,
+    EVIDENCE,
     GRADIENTS,
+    LINEAR,
+    LINEAR_STARTED,
+    RELEVANCE,
     ROLLOUTS,
     SETTINGS,
+    SHARED_EVIDENCE,
     TOLERANCE,
+    AnySetting,
+    LinearSetting,
     Setting,
-    by_hand,
     class_gradients,
     distance,
     found,
+    linear_by_hand,
     loaded,
+    reference,
     requested,
     traced,
 )
@@ -42,8 +52,8 @@ PHOTO = SHARED / "photos" / "cat_tabby.jpg"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
-each_method = pytest.mark.parametrize("setting", [ROLLOUTS[3], GRADIENTS[1]], ids=str)
-each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
+each_method = pytest.mark.parametrize("setting", [ROLLOUTS[3], GRADIENTS[1], *LINEAR], ids=str)
+each_setting = pytest.mark.parametrize("setting", [*SETTINGS, *LINEAR, *LINEAR_STARTED], ids=str)
 
 
 def _correlation(left: oracles.Array, right: oracles.Array) -> float:
@@ -98,21 +108,36 @@ def test_layout_is_what_was_written_down_by_hand(case: TinyCase) -> None:
 
 @each_setting
 @each_case
-def test_relevance_equals_reference(case: TinyCase, setting: Setting) -> None:
-    error = distance(found(case, setting), by_hand(case, setting))
+def test_relevance_equals_reference(case: TinyCase, setting: AnySetting) -> None:
+    error = distance(found(case, setting), reference(case, setting))
     assert error.shape == (3, 3 if setting.is_gradient else 1)
     assert error.max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("setting", [*ROLLOUTS[2:4], GRADIENTS[0]], ids=str)
+@pytest.mark.parametrize("setting", [*ROLLOUTS[2:4], GRADIENTS[0], RELEVANCE, CLASSIC], ids=str)
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
-def test_relevance_of_many_tokens_equals_reference(case: TinyCase, setting: Setting) -> None:
-    assert distance(found(case, setting), by_hand(case, setting)).max() <= TOLERANCE
+def test_relevance_of_many_tokens_equals_reference(case: TinyCase, setting: AnySetting) -> None:
+    assert distance(found(case, setting), reference(case, setting)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("setting", [*LINEAR, *LINEAR_STARTED], ids=str)
+@each_case
+def test_double_precision_equals_reference_closely(case: TinyCase, setting: AnySetting) -> None:
+    model = load_model(case.build().double(), device="cpu")
+    images, options = case.images().double(), setting.options(requested(case))
+    maps = np.asarray(explain_batch(model, images, options).relevance, np.float64)
+    assert distance(maps, reference(case, setting)).max() <= 1e-6
+
+
+@each_case
+def test_best_class_has_relevance(case: TinyCase) -> None:
+    """Without it, and where no token speaks for a class, the map is nothing, and equal to all."""
+    assert linear_by_hand(case, RELEVANCE)[:, -1].any(axis=(1, 2)).all()
 
 
 @each_case
 def test_logits_equal_reference(case: TinyCase) -> None:
-    for setting in (ROLLOUTS[0], GRADIENTS[0]):
+    for setting in (ROLLOUTS[0], GRADIENTS[0], RELEVANCE, EVIDENCE):
         logits = explain_batch(loaded(case), case.images(), setting.options()).logits
         expected = traced(case).logits
         assert np.abs(np.asarray(logits) - expected).max() < 1e-5 * np.abs(expected).max()
@@ -120,7 +145,7 @@ def test_logits_equal_reference(case: TinyCase) -> None:
 
 @each_setting
 @each_case
-def test_batch_equals_single_images(case: TinyCase, setting: Setting) -> None:
+def test_batch_equals_single_images(case: TinyCase, setting: AnySetting) -> None:
     whole = found(case, setting)
     images = case.images()
     options = setting.options(requested(case))
@@ -130,7 +155,7 @@ def test_batch_equals_single_images(case: TinyCase, setting: Setting) -> None:
 
 
 @each_method
-def test_number_of_threads_does_not_matter(setting: Setting) -> None:
+def test_number_of_threads_does_not_matter(setting: AnySetting) -> None:
     for case in CASES[::4]:
         torch.set_num_threads(2)
         options = setting.options(requested(case))
@@ -141,14 +166,14 @@ def test_number_of_threads_does_not_matter(setting: Setting) -> None:
 
 @each_case
 def test_same_batch_twice_gives_the_same_bits(case: TinyCase) -> None:
-    for setting in (ROLLOUTS[3], GRADIENTS[1]):
+    for setting in (ROLLOUTS[3], GRADIENTS[1], *LINEAR):
         again = explain_batch(loaded(case), case.images(), setting.options(requested(case)))
         np.testing.assert_array_equal(np.asarray(again.relevance, np.float64), found(case, setting))
 
 
+@pytest.mark.parametrize("setting", [GRADIENTS[1], *LINEAR], ids=str)
 @each_case
-def test_each_class_gets_the_map_it_gets_alone(case: TinyCase) -> None:
-    setting = GRADIENTS[1]
+def test_each_class_gets_the_map_it_gets_alone(case: TinyCase, setting: AnySetting) -> None:
     together = found(case, setting)
     for position, request in enumerate(requested(case)):
         options = setting.options((request,))
@@ -205,8 +230,8 @@ def _real_model() -> nn.Module:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("setting", [ROLLOUTS[3], ROLLOUTS[0], GRADIENTS[1]], ids=str)
-def test_batch_of_photographs_equals_single_ones(setting: Setting) -> None:
+@pytest.mark.parametrize("setting", [ROLLOUTS[3], ROLLOUTS[0], GRADIENTS[1], *LINEAR], ids=str)
+def test_batch_of_photographs_equals_single_ones(setting: AnySetting) -> None:
     model = load_model(_real_model(), device="cpu")
     images = torch.cat([_squashed(path) for path in sorted(PHOTO.parent.glob("*.jpg"))[:4]])
     whole = np.asarray(explain_batch(model, images, setting.options()).relevance)
@@ -221,7 +246,7 @@ def _real_trace() -> oracles.Trace:
 
 
 def _real_reference(
-    trace: oracles.Trace, setting: Setting, class_index: int | None
+    trace: oracles.Trace, setting: AnySetting, class_index: int | None
 ) -> oracles.Array:
     """Compute the photograph's map (rows, cols) from the formulas; no class for rollout."""
     gradients = None if class_index is None else trace.gradients([class_index])
@@ -246,7 +271,7 @@ def _real_reference(
     ],
     ids=str,
 )
-def test_relevance_equals_reference_on_real_weights(setting: Setting) -> None:
+def test_relevance_equals_reference_on_real_weights(setting: AnySetting) -> None:
     trace = _real_trace()
     assert trace.top_class() == [281]
     options = setting.options(("282", "top1"))
@@ -254,6 +279,37 @@ def test_relevance_equals_reference_on_real_weights(setting: Setting) -> None:
     maps = np.asarray(explain_batch(model, _squashed(PHOTO), options).relevance, np.float64)
     classes: list[int | None] = [282, 281] if setting.is_gradient else [None]
     expected = [_real_reference(trace, setting, index) for index in classes]
+    assert distance(maps, np.stack(expected)[None]).max() <= TOLERANCE
+
+
+@cache
+def _real_linear_trace(rules: linear_oracles.Rules) -> linear_oracles.LinearTrace:
+    return linear_oracles.linear_trace(_real_model(), _squashed(PHOTO), rules)
+
+
+def _real_linear_reference(setting: LinearSetting, class_index: int) -> oracles.Array:
+    if setting is CLASSIC:
+        tokens = linear_oracles.classic_relevance(
+            [block[0] for block in _real_trace().attention],
+            [block[0] for block in _real_trace().gradients([class_index])],
+            readout=oracles.class_token(197),
+        )
+        return oracles.on_grid(tokens, prefix_tokens=1, grid=(14, 14))
+    shared = setting is SHARED_EVIDENCE
+    trace = _real_linear_trace(linear_oracles.SHARED if shared else linear_oracles.VALUE)
+    (image,) = trace.about([class_index])
+    method = linear_oracles.token_evidence
+    tokens = linear_oracles.token_relevance(image) if setting is RELEVANCE else method(image)
+    return oracles.on_grid(tokens, prefix_tokens=1, grid=(14, 14))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("setting", LINEAR, ids=str)
+def test_linearised_relevance_equals_reference_on_real_weights(setting: LinearSetting) -> None:
+    model = load_model(_real_model(), device="cpu")
+    options = setting.options(("282", "top1"))
+    maps = np.asarray(explain_batch(model, _squashed(PHOTO), options).relevance, np.float64)
+    expected = [_real_linear_reference(setting, index) for index in (282, 281)]
     assert distance(maps, np.stack(expected)[None]).max() <= TOLERANCE
 
 

@@ -15,14 +15,18 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
+import linear_oracles
 import oracles
-from comparison import Setting, distance
+from comparison import LINEAR, SHARED_EVIDENCE, AnySetting, LinearSetting, Setting, distance
+from linear_oracles import ImageTrace, LinearTrace
 from oracles import Array
 from vitviz.engine import explain_batch
+from vitviz.errors import OptionError
 from vitviz.models import Model, load_model
 
 GRID = (4, 5)
@@ -33,8 +37,9 @@ SETTINGS = (
     Setting(fusion="max", discard=0.9),
     Setting(fusion="gradient", discard=0),
     Setting(fusion="gradient", discard=0.9),
+    *LINEAR,
 )
-_CLASS = 2  # the class that grad-rollout explains
+_CLASS = 2  # the class that is explained, beside the best one where signs matter
 _REDRAWN = {"vit_base_r26_s32_224"}  # its first draw keeps nothing but the class token at 0.9
 
 
@@ -70,9 +75,19 @@ class Specimen:
         return bool(self.module.num_classes)
 
     @property
-    def settings(self) -> list[Setting]:
+    def mixes_heads(self) -> bool:
+        """Whether its attention cannot pass on a share to queries and keys."""
+        return any(hasattr(module, "proj_w") for module in self.module.modules())
+
+    @property
+    def settings(self) -> list[AnySetting]:
         """Methods that are defined for it."""
-        return [setting for setting in SETTINGS if self.has_logit or not setting.is_gradient]
+        return [
+            setting
+            for setting in SETTINGS
+            if (self.has_logit or not setting.is_gradient)
+            and not (self.mixes_heads and setting is SHARED_EVIDENCE)
+        ]
 
     def images(self, count: int = 2) -> Tensor:
         """Draw (count, 3, height, width)."""
@@ -173,11 +188,14 @@ class Specimen:
         """Whether convolutions come before the patches, which makes them overlap."""
         return hasattr(_embedding(self.module), "backbone")
 
-    def readout(self, setting: Setting, image: int, gradients: list[Array] | None) -> Array:
-        """Return w (tokens) from what was measured: which tokens the head reads, and how."""
+    def readout(self, fused: list[Array]) -> Array:
+        """Return w (tokens) from what was measured: which tokens the head reads, and how.
+
+        Args:
+            fused: Attention after the blocks, its heads fused.
+        """
         if not self.tail:
             return self.rows_read / self.rows_read.sum()
-        fused = self._fused_tail(setting, image, gradients)
         if fused[0].shape[1] > self.tokens:
             return oracles.class_attention_readout(fused, self.tokens)
         (row,) = fused
@@ -195,13 +213,25 @@ class Specimen:
         ]
 
     @cached_property
-    def gradients(self) -> list[Array]:
-        """∂y_c/∂A of every attention call, by hand."""
-        return self.trace.gradients([_CLASS] * len(self.trace.logits))
+    def classes(self) -> list[list[int]]:
+        """The classes of each image: one by number, and the one that tokens speak for most."""
+        trace, count = self._linear_traces[0], len(self.trace.logits)
+        spoken = [
+            [linear_oracles.speaking(image).sum() for image in trace.about([index] * count)]
+            for index in range(CLASSES)
+        ]
+        return [[_CLASS] * count, [int(index) for index in np.argmax(spoken, axis=0)]]
 
-    def by_hand(self, setting: Setting) -> Array:
-        """Compute relevance (batch, 1, rows, cols) from the formulas."""
-        gradients = self.gradients if setting.is_gradient else None
+    @cached_property
+    def gradients(self) -> list[list[Array]]:
+        """∂y_c/∂A of every attention call, by hand, for each class."""
+        return [self.trace.gradients(each) for each in self.classes]
+
+    def by_hand(self, setting: AnySetting) -> Array:
+        """Compute relevance (batch, maps, rows, cols) from the formulas."""
+        if isinstance(setting, LinearSetting):
+            return self._linear_by_hand(setting)
+        gradients = self.gradients[0] if setting.is_gradient else None
         blocks = len(self.blocks)
         maps = []
         for image in range(len(self.trace.logits)):
@@ -212,17 +242,63 @@ class Specimen:
             tokens = oracles.token_relevance(
                 attention,
                 gradients and [call[image] for call in gradients[:blocks]],
-                readout=self.readout(setting, image, gradients),
+                readout=self.readout(self._fused_tail(setting, image, gradients)),
                 fusion=setting.fusion,
                 discard=setting.discard,
             )
-            maps.append(oracles.on_grid(tokens, self.tokens - math.prod(GRID), GRID)[None])
+            maps.append(self._on_grid(tokens)[None])
         return np.stack(maps)
 
-    def found(self, setting: Setting) -> Array:
-        """Compute relevance (batch, 1, rows, cols) by the package."""
+    def _linear_by_hand(self, setting: LinearSetting) -> Array:
+        if setting.name == "classic":
+            maps = [self._classic(gradients) for gradients in self.gradients]
+        else:
+            traces = self._linear_images[setting.name == "shared"]
+            method = (
+                linear_oracles.token_evidence
+                if setting.is_evidence
+                else linear_oracles.token_relevance
+            )
+            maps = [[method(image) for image in images] for images in traces]
+        return np.stack([np.stack([self._on_grid(each) for each in one]) for one in maps], axis=1)
+
+    @cached_property
+    def _linear_traces(self) -> list[LinearTrace]:
+        """The linearised network by hand, under each rule."""
+        rules = [linear_oracles.VALUE] + [linear_oracles.SHARED] * (not self.mixes_heads)
+        return [linear_oracles.linear_trace(self.module, self.images(), each) for each in rules]
+
+    @cached_property
+    def _linear_images(self) -> list[list[list[ImageTrace]]]:
+        """What the formulas ask for: under each rule, for each class, for each image."""
+        return [[trace.about(each) for each in self.classes] for trace in self._linear_traces]
+
+    def _classic(self, gradients: list[Array]) -> list[Array]:
+        attention, blocks = self.trace.attention, len(self.blocks)
+        tokens = []
+        for image in range(len(self.trace.logits)):
+            tail = [
+                linear_oracles.fuse_positive(attention[call][image], gradients[call][image])
+                for call in range(blocks, len(attention))
+            ]
+            tokens.append(
+                linear_oracles.classic_relevance(
+                    [call[image] for call in attention[:blocks]],
+                    [call[image] for call in gradients[:blocks]],
+                    readout=self.readout(tail),
+                )
+            )
+        return tokens
+
+    def _on_grid(self, tokens: Array) -> Array:
+        return oracles.on_grid(tokens, self.tokens - math.prod(GRID), GRID)
+
+    def found(self, setting: AnySetting) -> Array:
+        """Compute relevance (batch, maps, rows, cols) by the package."""
         options = setting.options((str(_CLASS),))
-        return np.asarray(explain_batch(self.loaded, self.images(), options).relevance, np.float64)
+        classes = torch.tensor(self.classes).T if isinstance(setting, LinearSetting) else None
+        maps = explain_batch(self.loaded, self.images(), options, class_indices=classes)
+        return np.asarray(maps.relevance, np.float64)
 
     @cached_property
     def errors(self) -> dict[str, float]:
@@ -245,7 +321,8 @@ def assert_telling(specimen: Specimen) -> None:
     for setting in specimen.settings:
         reference = specimen.by_hand(setting)
         span = reference.max(axis=(2, 3)) - reference.min(axis=(2, 3))
-        assert (span > 0.1 * reference.max(axis=(2, 3))).all()
+        assert (span > 0.1 * reference.max(axis=(2, 3)))[reference.any(axis=(2, 3))].all()
+        assert reference[:, -1].any(), f"{setting}: nothing speaks for a class"
 
 
 def assert_layout_is_measured(specimen: Specimen) -> None:
@@ -254,6 +331,7 @@ def assert_layout_is_measured(specimen: Specimen) -> None:
     assert (layout.blocks, layout.tail) == (2, specimen.tail)
     assert layout.tokens == specimen.tokens
     assert tuple(layout.grid) == GRID
+    assert specimen.loaded.preprocessing.patch == specimen.patch
     specimen.assert_patches_in_place()
 
 
@@ -267,6 +345,9 @@ def assert_readout_is_measured(specimen: Specimen) -> None:
 
 def assert_relevance_equals_reference(specimen: Specimen) -> None:
     """Hold that every method that is defined gives the map that the formulas give."""
+    if specimen.mixes_heads:
+        with pytest.raises(OptionError, match="--rule is shared.*use --rule value"):
+            specimen.found(SHARED_EVIDENCE)
     assert max(specimen.errors.values()) <= TOLERANCE, specimen.errors
 
 

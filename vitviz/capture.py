@@ -223,7 +223,7 @@ class AttentionCapture:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what this thread runs; threads do not see each other's records."""
-        if hasattr(self._of_thread, "records"):
+        if self._is_recording:
             yield
             return
         self._of_thread.records, self._of_thread.tokens = [], []
@@ -232,6 +232,11 @@ class AttentionCapture:
                 yield
         finally:
             del self._of_thread.records, self._of_thread.tokens
+
+    @property
+    def _is_recording(self) -> bool:
+        """Whether this thread is inside; hooks are called in all threads that run the model."""
+        return hasattr(self._of_thread, "records")
 
     @property
     def _records(self) -> list[Attention]:
@@ -268,17 +273,16 @@ class AttentionCapture:
         return tokens
 
     def _enter_block(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not self._is_recording:
+            return inputs
         tokens = inputs[0]
         if self._first_gradient is None and not tokens.requires_grad and torch.is_grad_enabled():
             tokens = tokens.detach().requires_grad_(True)  # the graph begins at the first block
-        self._keep_tokens(tokens)
+        self._of_thread.tokens.append(tokens)
         return (tokens, *inputs[1:])
 
     def _leave_blocks(self, block: nn.Module, inputs: object, tokens: Tensor) -> None:
-        self._keep_tokens(tokens)
-
-    def _keep_tokens(self, tokens: Tensor) -> None:
-        if hasattr(self._of_thread, "tokens"):
+        if self._is_recording:
             self._of_thread.tokens.append(tokens)
 
     def _record_call(self, call: Callable[..., Tensor], arguments: _SdpaArguments) -> Tensor:
@@ -299,6 +303,8 @@ class AttentionCapture:
         return output
 
     def _record_given(self, module: nn.Module, inputs: object, attention: Tensor) -> Tensor | None:
+        if not self._is_recording:
+            return None
         given = GivenAttention(attention=attention.detach(), output=self._differentiable(attention))
         self._keep(given)
         if self._isolate:

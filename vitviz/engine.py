@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitviz.capture import Attention, AttentionCapture, output_gradients
+from vitviz.capture import Attention, AttentionCapture, output_gradients, own_attention
 from vitviz.errors import CaptureError, LabelError, OptionError
 from vitviz.labels import ClassRequest, parse_requests
 from vitviz.lanes import in_lanes
 from vitviz.layout import blocks_of, patch_grid
-from vitviz.linearization import LinearizedBackward, constant_attention
+from vitviz.linearization import LinearizedBackward
 from vitviz.models import Model
 from vitviz.options import AttentionRule, HeadFusion, Method, MethodOptions
 from vitviz.propagation import (
@@ -67,8 +67,8 @@ def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, 
         The requests; empty for a class-agnostic method.
 
     Raises:
-        OptionError: ``start_layer`` leaves no block, patches are too small for ``refine``, or
-            there is no logit to take gradients of.
+        OptionError: ``start_layer`` leaves no block, patches are too small for ``refine``, there
+            is no logit to take gradients of, or ``rule`` is not defined for the model.
         LabelError: A class request fits no class of the model.
     """
     if options.first_block(model.layout.blocks) >= model.layout.blocks:
@@ -84,10 +84,20 @@ def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, 
             f"{model.name} has no classification head, so there is no class to explain with "
             f"{options.method}; use rollout, or give a fine-tuned checkpoint with --weights"
         )
+    if options.method is Method.EVIDENCE and options.rule is AttentionRule.SHARED:
+        _expect_visible_values(model)
     requests = parse_requests(options.classes, model.labels, model.num_classes)
     if not requests:
         raise LabelError("no class asked for; give an index, a label or top1")
     return requests
+
+
+def _expect_visible_values(model: Model) -> None:
+    if own_attention(model.module.modules()):
+        raise OptionError(
+            f"--rule is shared, but {model.name} mixes its heads after the softmax (talking "
+            "heads), and what values get is not seen there; use --rule value"
+        )
 
 
 def explain_batch(
@@ -137,16 +147,12 @@ def _captured(model: Model, options: MethodOptions) -> Iterator[AttentionCapture
     method, start = options.method, options.first_block(model.layout.blocks)
     from_attention = method in (Method.GRAD_ROLLOUT, Method.RELEVANCE)
     blocks = blocks_of(model.module)
-    with ExitStack() as stack:
-        if _is_linearized(options):
-            stack.enter_context(constant_attention(model.module))
-        yield stack.enter_context(
-            AttentionCapture(
-                model.module,
-                first_gradient=start if from_attention else None,
-                blocks=blocks if method is Method.EVIDENCE else blocks[-1:],
-            )
-        )
+    with AttentionCapture(
+        model.module,
+        first_gradient=start if from_attention else None,
+        blocks=blocks if method is Method.EVIDENCE else blocks[-1:],
+    ) as capture:
+        yield capture
 
 
 def _is_linearized(options: MethodOptions) -> bool:
@@ -382,7 +388,8 @@ def _read_out(
     if model.layout.tail:
         readout = pooled_readout(fusions[len(blocks) :], tokens)
     else:
-        readout = model.layout.readout_weights(tokens).to(model.device).expand(batch, tokens)
+        weights = model.layout.readout_weights(tokens)
+        readout = weights.to(model.device, _width(model)).expand(batch, tokens)
     return blocks, fusions[: len(blocks)], readout
 
 
@@ -396,7 +403,13 @@ def _row_of(model: Model, query: tuple[int, int], seen: _Seen) -> Tensor:
     expect_query(query, seen.grid)
     batch, tokens = seen.records[0].shape[0], seen.records[0].shape[-1]
     token = model.layout.prefix_tokens + query[0] * seen.grid[1] + query[1]
-    return torch.eye(tokens, device=model.device)[token].expand(batch, tokens)
+    row = torch.eye(tokens, device=model.device, dtype=_width(model))[token]
+    return row.expand(batch, tokens)
+
+
+def _width(model: Model) -> torch.dtype:
+    """Return the numbers that maps are computed with: float32, or the model's if wider."""
+    return torch.promote_types(model.dtype, torch.float32)
 
 
 def _expect_grid(model: Model, records: list[Attention], images: Tensor) -> tuple[int, int]:

@@ -238,6 +238,10 @@ def patch_embedding(module: nn.Module) -> nn.Module | None:
 
 def patch_size(module: nn.Module) -> tuple[int, int]:
     """Return the (height, width) of a patch in pixels, (1, 1) where the model does not say."""
+    stem: Any = patch_embedding(module)
+    if hasattr(stem, "feat_ratio"):  # with convolutions before it, which stride as well
+        rows, cols = stem.feat_ratio(as_scalar=False)
+        return int(rows), int(cols)
     for owner in (patch_embedding(module), _trunk(module)):
         size = getattr(owner, "patch_size", None)
         if size:

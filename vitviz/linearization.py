@@ -12,16 +12,14 @@ Propagation" (arXiv 2202.07304); Achtibat et al. 2024, "AttnLRP" (arXiv 2402.056
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vitviz.capture import own_attention
 from vitviz.options import AttentionRule
 
 __all__ = ["LinearizedBackward"]
@@ -29,16 +27,17 @@ __all__ = ["LinearizedBackward"]
 _NEAR_ZERO = 1e-6  # below it act(x)/x is taken for the slope ½ that GELU and SiLU have at 0
 _ACTIVATIONS = frozenset(
     (F.gelu, F.silu, F.relu, F.mish, F.hardswish, F.leaky_relu, F.elu, F.celu, F.selu, F.relu6)
+    + (F.hardtanh,)
     + (torch.relu, torch.celu, torch.selu, Tensor.relu)
 )
 _GATES = frozenset((torch.sigmoid, F.sigmoid, F.hardsigmoid, Tensor.sigmoid))
+_PROBABILITIES = frozenset((torch.softmax, F.softmax, Tensor.softmax))
 
 
 class LinearizedBackward(TorchFunctionMode):
     """Makes the gradient of what runs inside ``with`` that of a network made linear.
 
-    It belongs to the thread that enters it. Attention that a module computes itself, without
-    torch's function, is reached inside ``constant_attention``.
+    It belongs to the thread that enters it.
     """
 
     def __init__(self, rule: AttentionRule) -> None:
@@ -46,7 +45,8 @@ class LinearizedBackward(TorchFunctionMode):
 
         Args:
             rule: ``value``: probabilities are constants, all goes to the values. ``shared``: half
-                goes to the values, a quarter each to queries and keys.
+                goes to the values, a quarter each to queries and keys; not for attention that a
+                module computes itself, whose values are not seen.
         """
         super().__init__()
         self._rule = rule
@@ -72,6 +72,8 @@ class LinearizedBackward(TorchFunctionMode):
             return _Gated.apply(args[0], _beside_its_argument(func, args, kwargs))
         if func in _GATES:  # x·sigmoid(x), written out
             return func(*args, **kwargs).detach()
+        if func in _PROBABILITIES and self._rule is AttentionRule.VALUE:  # attention, written out
+            return func(*args, **kwargs).detach()
         return func(*args, **kwargs)
 
     def _attend(
@@ -87,21 +89,6 @@ class LinearizedBackward(TorchFunctionMode):
             return func(query.detach(), key.detach(), value, *args, **kwargs)
         shares = ((query, 0.25), (key, 0.25), (value, 0.5))
         return func(*(_Shared.apply(*share) for share in shares), *args, **kwargs)
-
-
-@contextmanager
-def constant_attention(module: nn.Module) -> Iterator[None]:
-    """Let no gradient through attention that modules compute themselves (talking heads)."""
-
-    def cut(_: nn.Module, inputs: object, attention: Tensor) -> Tensor:
-        return attention.detach()
-
-    handles = [each.register_forward_hook(cut) for each in own_attention(module.modules())]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _beside_its_argument(

@@ -1,0 +1,547 @@
+"""Relevance and evidence once more: slow, literal, in float64, and from the formulas alone.
+
+As in ``oracles``, nothing here imports the package. Gradients come from a copy of the model in
+double precision whose attention is not fused and whose normalisations and activations are replaced,
+module by module, by the formulas written out; what counts as a constant on the way back is detached
+there by hand. ``PlainVit`` does without any automatic gradient, to guard the guard.
+
+Sources: Ali et al. 2022 (arXiv 2202.07304); Achtibat et al. 2024 (arXiv 2402.05602); Mehri et al.
+2025 (arXiv 2411.16760); Wu et al. 2024 (arXiv 2403.14552); Chefer, Gur & Wolf 2021 (arXiv
+2103.15679).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from oracles import Array, multiply
+
+
+def _constant(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+def _variable(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What counts as a constant on the way back, so that a test can plant a mistake.
+
+    Attributes:
+        shares: Parts of the gradient that reach queries, keys and values: nothing and all under
+            the rule "value", a quarter each and half under "shared".
+        mean: The mean that layer normalisation subtracts.
+        deviation: The standard deviation, or root mean square, by which it divides.
+        gate: act(x)/x of an activation.
+    """
+
+    shares: tuple[float, float, float] = (0, 0, 1)
+    mean: Callable[[Tensor], Tensor] = _variable
+    deviation: Callable[[Tensor], Tensor] = _constant
+    gate: Callable[[Tensor], Tensor] = _constant
+
+
+VALUE = Rules()
+SHARED = Rules(shares=(0.25, 0.25, 0.5))
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+# act(x)/x of each kind of activation.
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "GELU": lambda x: (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "GELUTanh": lambda x: _sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),  # (1 + tanh)/2
+    "QuickGELU": lambda x: _sigmoid(1.702 * x),
+    "SiLU": _sigmoid,
+    "ReLU": lambda x: (x > 0).to(x.dtype),
+}
+_FORBIDDEN = (
+    (F, ("layer_norm", "rms_norm", "gelu", "silu", "relu", "scaled_dot_product_attention")),
+    (torch, ("sigmoid", "relu", "tanh")),
+    (Tensor, ("sigmoid", "relu", "tanh")),
+)
+
+
+@dataclass(kw_only=True)
+class LinearTrace:
+    """What one forward pass of the linearised float64 model gave, its graph kept for gradients.
+
+    Attributes:
+        attention: A_l (batch, heads, queries, keys) of each call, those of a pooling head last.
+        values: v_l (batch, heads, keys, value_dim) of each call.
+        tokens: x_l (batch, tokens, channels) at the input of each block, and behind the last.
+        projections: W_o (channels, heads · value_dim) of each block.
+        biases: What follows each, (channels).
+        scores: y (batch, classes).
+    """
+
+    attention: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    projections: list[Array] = field(default_factory=list)
+    biases: list[Array] = field(default_factory=list)
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def blocks(self) -> int:
+        return len(self.projections)
+
+    def about(self, class_of_image: Sequence[int]) -> list[ImageTrace]:
+        """Take the gradients of a class given for each image."""
+        chosen = self.scores[torch.arange(len(class_of_image)), list(class_of_image)].sum()
+        attention = self.attention[: self.blocks]
+        wanted = [*attention, *self.tokens]
+        gradients = [
+            np.zeros(tuple(each.shape)) if gradient is None else gradient.double().numpy()
+            for each, gradient in zip(
+                wanted,
+                torch.autograd.grad(chosen, wanted, retain_graph=True, allow_unused=True),
+                strict=True,
+            )
+        ]
+        return [
+            ImageTrace(
+                attention=[call[image].detach().numpy() for call in attention],
+                attention_gradients=[each[image] for each in gradients[: self.blocks]],
+                values=[call[image].detach().numpy() for call in self.values[: self.blocks]],
+                projections=self.projections,
+                biases=self.biases,
+                tokens=[each[image].detach().double().numpy() for each in self.tokens],
+                token_gradients=[each[image] for each in gradients[self.blocks :]],
+            )
+            for image in range(len(class_of_image))
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTrace:
+    """Of one image and one class: all that the formulas ask for, by block.
+
+    Attributes:
+        attention: A_l (heads, N, N).
+        attention_gradients: ∂y/∂A_l, shaped alike.
+        values: v_l (heads, N, value_dim).
+        projections: W_o (channels, heads · value_dim).
+        biases: Of the same layers, which no formula asks for.
+        tokens: x_l (N, channels), one more than there are blocks.
+        token_gradients: ∂y/∂x_l, shaped alike.
+    """
+
+    attention: list[Array]
+    attention_gradients: list[Array]
+    values: list[Array]
+    projections: list[Array]
+    biases: list[Array]
+    tokens: list[Array]
+    token_gradients: list[Array]
+
+
+def linear_trace(model: nn.Module, images: Tensor, rules: Rules = VALUE) -> LinearTrace:
+    """Run a float64 copy of a timm model, linearised by hand.
+
+    Args:
+        model: A timm model; it is copied, never touched.
+        images: (batch, channels, height, width).
+        rules: What counts as a constant.
+    """
+    shared = {id(weight): weight for weight in model.parameters() if weight.dtype == torch.float64}
+    double = copy.deepcopy(model, shared).double().eval()
+    trunk = getattr(double, "encoder", double)
+    layers = [_output_layer(block) for block in trunk.blocks]
+    trace = LinearTrace(
+        projections=[weight for weight, _ in layers], biases=[bias for _, bias in layers]
+    )
+    watch = _Watch(trace, rules)
+    embedding = getattr(trunk, "patch_embed", None) or trunk.embeds
+    before = set(embedding.modules())  # no gradient has to go there
+    for module in double.modules():
+        if module not in before:
+            _write_out(module, rules, watch)
+    trunk.blocks[0].register_forward_pre_hook(watch.enter_first)
+    for block in trunk.blocks[1:]:
+        block.register_forward_pre_hook(watch.enter)
+    trunk.blocks[-1].register_forward_hook(watch.leave)
+    with watch.products(), torch.enable_grad():
+        trace.scores = double(images.double())
+    return trace
+
+
+def _output_layer(block: nn.Module) -> tuple[Array, Array]:
+    """Read W_o and its bias, by their name."""
+    owner = getattr(block, "attn", block)
+    names = ("proj", "o_proj", "attn_out_proj")
+    layer = next(getattr(owner, name) for name in names if hasattr(owner, name))
+    layer = getattr(layer, "linear", layer)
+    weight: Array = layer.weight.detach().double().numpy()
+    bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().numpy()
+    return weight, bias
+
+
+def _write_out(module: nn.Module, rules: Rules, watch: _Watch) -> None:
+    """Replace a normalisation or activation by its formula, or show attention to the watch."""
+    kind = type(module).__name__
+    if kind in ("LayerNorm", "RmsNorm", "RmsNormFp32"):
+        module.forward = _normalisation(module, rules, centred=kind == "LayerNorm")
+    elif kind in _GATES:
+        form = "GELUTanh" if getattr(module, "approximate", "") == "tanh" else kind
+        module.forward = _activation(_GATES[form], rules)
+    elif hasattr(module, "fused_attn"):
+        module.fused_attn = False
+    elif hasattr(module, "proj_w"):  # heads are mixed between softmax and values
+        module.attn_drop.register_forward_hook(watch.mixed)
+
+
+def _normalisation(module: nn.Module, rules: Rules, *, centred: bool) -> Callable[[Tensor], Tensor]:
+    def normalise(x: Tensor) -> Tensor:
+        kept = x.dtype
+        if type(module).__name__ == "RmsNormFp32":
+            x = x.float()
+        dims = tuple(range(-len(module.normalized_shape), 0))
+        if centred:
+            mean = x.mean(dim=dims, keepdim=True)
+            variance = ((x - mean) ** 2).mean(dim=dims, keepdim=True)
+            x = x - rules.mean(mean)
+        else:
+            variance = (x**2).mean(dim=dims, keepdim=True)
+        x = x / rules.deviation(torch.sqrt(variance + module.eps))
+        if module.weight is not None:
+            x = x * module.weight.to(x.dtype)
+        if getattr(module, "bias", None) is not None:
+            x = x + module.bias
+        return x.to(kept)
+
+    return normalise
+
+
+def _activation(gate: Callable[[Tensor], Tensor], rules: Rules) -> Callable[[Tensor], Tensor]:
+    def activate(x: Tensor) -> Tensor:
+        near = x.abs() < 1e-6
+        return x * rules.gate(torch.where(near, torch.full_like(x, 0.5), gate(x)))
+
+    return activate
+
+
+class _Watch:
+    """Sees tokens and products while the model runs, and lets through what the rules let through.
+
+    Whether a product is of queries with keys or of probabilities with values is told by its first
+    factor. Products outside of attention have factors without a gradient, and do not change.
+    """
+
+    def __init__(self, trace: LinearTrace, rules: Rules) -> None:
+        self._trace = trace
+        self._rules = rules
+        self._probabilities: Tensor | None = None
+        self._inside = False
+
+    def enter_first(self, block: nn.Module, inputs: tuple) -> tuple:
+        self._inside = True
+        tokens = inputs[0].detach().requires_grad_(True)
+        self._trace.tokens.append(tokens)
+        return (tokens, *inputs[1:])
+
+    def enter(self, block: nn.Module, inputs: tuple) -> None:
+        self._trace.tokens.append(inputs[0])
+
+    def leave(self, block: nn.Module, inputs: object, output: Tensor) -> None:
+        self._trace.tokens.append(output)
+
+    def mixed(self, dropout: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        assert self._rules.shares[:2] == (0, 0), "what mixed heads owe to queries is not defined"
+        self._probabilities = output.detach().requires_grad_(True)
+        return self._probabilities
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Watch Tensor.softmax and @, and forbid what was not written out."""
+        softmax, product = Tensor.softmax, Tensor.__matmul__
+
+        def watched_softmax(scores: Tensor, dim: int) -> Tensor:
+            probabilities = softmax(scores, dim=dim)
+            if not self._inside:
+                return probabilities
+            if self._rules.shares[:2] == (0, 0):
+                probabilities = probabilities.detach()
+            if not probabilities.requires_grad:
+                probabilities.requires_grad_(True)
+            self._probabilities = probabilities
+            return probabilities
+
+        def watched_product(left: Tensor, right: Tensor) -> Tensor:
+            queries, keys, values = self._rules.shares
+            if not self._inside:
+                return product(left, right)
+            if left is self._probabilities:
+                self._trace.attention.append(left)
+                self._trace.values.append(right)
+                return product(left, _shared(right, values))
+            return product(_shared(left, queries), _shared(right, keys))
+
+        def forbidden(name: str, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(*arguments: object, **named: object) -> Tensor:
+                assert not self._inside, f"{name} was not written out by hand"
+                return real(*arguments, **named)
+
+            return call
+
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(Tensor, "softmax", watched_softmax))
+            stack.enter_context(patch.object(Tensor, "__matmul__", watched_product))
+            for home, names in _FORBIDDEN:
+                for name in names:
+                    call = forbidden(name, getattr(home, name))
+                    stack.enter_context(patch.object(home, name, call))
+            yield
+
+
+def _shared(x: Tensor, share: float) -> Tensor:
+    """Return x, with a share of its gradient."""
+    return share * x + (1 - share) * x.detach()
+
+
+def fuse_positive(attention: Array, gradient: Array) -> Array:
+    """E, before values are weighed: mean over heads of relu(A ⊙ ∂y/∂A)."""
+    return np.maximum(attention * gradient, 0).mean(axis=0)
+
+
+def value_norms(values: Array, projection: Array, bias: Array) -> Array:
+    """‖W_o v_j‖ (N): all heads' values of a token through the output projection, without bias."""
+    tokens = values.shape[1]
+    return np.array(
+        [np.linalg.norm(projection @ values[:, token].reshape(-1)) for token in range(tokens)]
+    )
+
+
+def contribution(tokens: Array, gradient: Array) -> Array:
+    """Σ over channels of x ⊙ ∂y/∂x (N)."""
+    return (tokens * gradient).sum(axis=1)
+
+
+def speaking(image: ImageTrace) -> Array:
+    """How much each token behind the last block speaks for the class (N)."""
+    return np.maximum(contribution(image.tokens[-1], image.token_gradients[-1]), 0)
+
+
+def start_of_relevance(image: ImageTrace) -> Array:
+    """r behind the last block (N); nothing where no token speaks for the class."""
+    start = speaking(image)
+    return start / start.sum() if start.any() else start
+
+
+def carry(r: Array, fused: Array) -> Array:
+    """From behind a block to before it: r + r·E."""
+    return r + r @ fused
+
+
+def half(blocks: int) -> int:
+    """Return the block with which relevance starts."""
+    return blocks // 2
+
+
+def block_inputs(image: ImageTrace) -> range:
+    """Number the block inputs whose evidence is averaged."""
+    return range(len(image.attention))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSteps:
+    """The formulas, so that a test can plant a mistake in one of them."""
+
+    fuse: Callable[[Array, Array], Array] = fuse_positive
+    value_norms: Callable[[Array, Array, Array], Array] = value_norms
+    start: Callable[[ImageTrace], Array] = start_of_relevance
+    carry: Callable[[Array, Array], Array] = carry
+    first_block: Callable[[int], int] = half
+    contribution: Callable[[Array, Array], Array] = contribution
+    block_inputs: Callable[[ImageTrace], range] = block_inputs
+
+
+STEPS = LinearSteps()
+
+
+def token_relevance(
+    image: ImageTrace, *, first_block: int | None = None, steps: LinearSteps = STEPS
+) -> Array:
+    """Recipe T for one image: r (N), the prefix tokens among them."""
+    blocks = len(image.attention)
+    if first_block is None:
+        first_block = steps.first_block(blocks)
+    r = steps.start(image)
+    for block in reversed(range(first_block, blocks)):
+        fused = steps.fuse(image.attention[block], image.attention_gradients[block])
+        fused = fused * steps.value_norms(
+            image.values[block], image.projections[block], image.biases[block]
+        )
+        r = steps.carry(r, fused)
+    return r
+
+
+def token_evidence(image: ImageTrace, *, steps: LinearSteps = STEPS) -> Array:
+    """Recipe S for one image, averaged over block inputs (N)."""
+    inputs = steps.block_inputs(image)
+    return sum(
+        steps.contribution(image.tokens[block], image.token_gradients[block]) for block in inputs
+    ) / len(inputs)
+
+
+def classic_relevance(
+    attention: Sequence[Array],
+    gradients: Sequence[Array],
+    *,
+    readout: Array,
+    first_block: int = 0,
+    steps: LinearSteps = STEPS,
+) -> Array:
+    """Chefer, Gur & Wolf 2021 for one image: R ← R + E·R from the first block up, then wᵀR (N)."""
+    fused = map(steps.fuse, attention[first_block:], gradients[first_block:])
+    return readout @ multiply([np.eye(len(readout)) + each for each in fused])
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """One layer normalisation, and its way back."""
+
+    weight: Array
+    bias: Array
+    eps: float
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + self.eps)
+        return centred / deviation * self.weight + self.bias, deviation
+
+    def back(self, gradient: Array, deviation: Array) -> Array:
+        gradient = gradient * self.weight / deviation
+        return gradient - gradient.mean(axis=-1, keepdims=True)
+
+
+class PlainVit:
+    """A ViT with a class token, forward and linearised backward in NumPy, for one image.
+
+    The way back was derived on paper: no automatic gradient, no torch but for reading the weights
+    and for the error function.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Read the weights of a plain timm ViT: pre-norm, GELU, class token."""
+        self._w = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
+        self._heads = model.blocks[0].attn.num_heads
+        self._blocks = len(model.blocks)
+        self._eps = model.norm.eps
+        self._patch = model.patch_embed.patch_size[0]
+
+    def image_trace(
+        self, image: Array, class_index: int, *, shares: tuple[float, float, float]
+    ) -> ImageTrace:
+        """Run forward and back."""
+        names = [f"blocks.{block}." for block in range(self._blocks)]
+        x = self._embed(image)
+        tokens, kept = [x], []
+        for name in names:
+            x, memory = self._block(x, name)
+            tokens.append(x)
+            kept.append(memory)
+        # The logit is a row of the head on the normalised class token.
+        _, deviation = self._norm("norm.").forward(x)
+        gradient = np.zeros_like(x)
+        gradient[0] = self._w["head.weight"][class_index]
+        gradient = self._norm("norm.").back(gradient, deviation)
+        token_gradients, attention_gradients = [gradient], []
+        for name, memory in zip(reversed(names), reversed(kept), strict=True):
+            gradient, of_attention = self._back(gradient, memory, name, shares)
+            token_gradients.insert(0, gradient)
+            attention_gradients.insert(0, of_attention)
+        return ImageTrace(
+            attention=[memory["attention"] for memory in kept],
+            attention_gradients=attention_gradients,
+            values=[memory["v"] for memory in kept],
+            projections=[self._w[f"{name}attn.proj.weight"] for name in names],
+            biases=[self._w[f"{name}attn.proj.bias"] for name in names],
+            tokens=tokens,
+            token_gradients=token_gradients,
+        )
+
+    def _norm(self, name: str) -> _Norm:
+        return _Norm(self._w[name + "weight"], self._w[name + "bias"], self._eps)
+
+    def _linear(self, x: Array, name: str) -> Array:
+        return x @ self._w[name + "weight"].T + self._w[name + "bias"]
+
+    def _embed(self, image: Array) -> Array:
+        size = self._patch
+        rows, cols = image.shape[1] // size, image.shape[2] // size
+        kernel = self._w["patch_embed.proj.weight"]
+        patches = [
+            np.tensordot(
+                kernel, image[:, r * size : (r + 1) * size, c * size : (c + 1) * size], axes=3
+            )
+            for r in range(rows)
+            for c in range(cols)
+        ]
+        embedded = np.stack(patches) + self._w["patch_embed.proj.bias"]
+        tokens = np.concatenate([self._w["cls_token"][0], embedded])
+        return tokens + self._w["pos_embed"][0]
+
+    def _block(self, x: Array, name: str) -> tuple[Array, dict[str, Array]]:
+        n, channels = x.shape
+        width = channels // self._heads
+        normed, deviation1 = self._norm(name + "norm1.").forward(x)
+        qkv = self._linear(normed, name + "attn.qkv.").reshape(n, 3, self._heads, width)
+        q, k, v = qkv.transpose(1, 2, 0, 3)  # each (heads, N, width)
+        scores = q @ k.transpose(0, 2, 1) / math.sqrt(width)
+        powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        attention = powers / powers.sum(axis=-1, keepdims=True)
+        joined = (attention @ v).transpose(1, 0, 2).reshape(n, channels)
+        middle = x + self._linear(joined, name + "attn.proj.")
+        normed, deviation2 = self._norm(name + "norm2.").forward(middle)
+        hidden = self._linear(normed, name + "mlp.fc1.")
+        erf = torch.erf(torch.from_numpy(hidden / math.sqrt(2))).numpy()
+        gate = np.where(np.abs(hidden) < 1e-6, 0.5, (1 + erf) / 2)
+        output = middle + self._linear(hidden * gate, name + "mlp.fc2.")
+        return output, {
+            **{"q": q, "k": k, "v": v, "attention": attention, "gate": gate},
+            **{"deviation1": deviation1, "deviation2": deviation2},
+        }
+
+    def _back(
+        self,
+        gradient: Array,
+        memory: dict[str, Array],
+        name: str,
+        shares: tuple[float, float, float],
+    ) -> tuple[Array, Array]:
+        """From ∂y/∂(block output) to ∂y/∂(block input) and ∂y/∂A."""
+        n, channels = gradient.shape
+        width = channels // self._heads
+        q, k, v, attention = (memory[key] for key in ("q", "k", "v", "attention"))
+        hidden = gradient @ self._w[name + "mlp.fc2.weight"] * memory["gate"]
+        normed = hidden @ self._w[name + "mlp.fc1.weight"]
+        gradient = gradient + self._norm(name + "norm2.").back(normed, memory["deviation2"])
+        joined = gradient @ self._w[name + "attn.proj.weight"]
+        output = joined.reshape(n, self._heads, width).transpose(1, 0, 2)  # (heads, N, width)
+        of_attention = output @ v.transpose(0, 2, 1)
+        of_scores = attention * (
+            of_attention - (attention * of_attention).sum(axis=-1, keepdims=True)
+        )
+        of_q = shares[0] * of_scores @ k / math.sqrt(width)
+        of_k = shares[1] * of_scores.transpose(0, 2, 1) @ q / math.sqrt(width)
+        of_v = shares[2] * attention.transpose(0, 2, 1) @ output
+        qkv = np.stack([of_q, of_k, of_v]).transpose(2, 0, 1, 3).reshape(n, 3 * channels)
+        normed = qkv @ self._w[name + "attn.qkv.weight"]
+        return gradient + self._norm(name + "norm1.").back(
+            normed, memory["deviation1"]
+        ), of_attention
