@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import linear_oracles
-from comparison import EVIDENCE, LINEAR, AnySetting, distance
+from comparison import EVIDENCE, GRADIENTS, LINEAR, RELEVANCE, ROLLOUTS, AnySetting, distance
 from tiny import CASES, TinyCase
 from vitviz.capture import AttentionCapture
 from vitviz.engine import class_requests, explain_batch
@@ -100,6 +100,7 @@ def test_forward_values_are_bit_identical(
     ("name", "rule"),
     [
         *((POOLED, rule) for rule in AttentionRule),
+        (TALKING, AttentionRule.VALUE),
         ("vit_base_patch32_clip_quickgelu_224", AttentionRule.SHARED),
         ("aimv2_large_patch14_224", AttentionRule.SHARED),
     ],
@@ -108,7 +109,8 @@ def test_forward_values_of_other_families_are_bit_identical(
     name: str, rule: AttentionRule, dtype: torch.dtype
 ) -> None:
     chosen = specimen(name)
-    model = copy.deepcopy(chosen.module).to(dtype)
+    # Torch chooses its products (of talking heads) by whether a weight asks for a gradient.
+    model = copy.deepcopy(chosen.module).to(dtype).requires_grad_(False)
     _assert_same_forward(model, chosen.images().to(dtype), rule)
 
 
@@ -127,18 +129,25 @@ def _drawn(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize(
-    "kind",
-    [nn.GELU, partial(nn.GELU, approximate="tanh")]
-    + [nn.SiLU, nn.ReLU, nn.ReLU6, nn.Mish, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU],
-    ids=lambda kind: getattr(kind, "__name__", "GELU-tanh"),
+IN_PLACE = (
+    *(nn.SiLU, nn.ReLU, nn.ReLU6, nn.Mish, nn.Hardswish),
+    *(nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU),
 )
-def test_gate_of_an_activation_is_a_constant(kind: Callable[..., nn.Module], inplace: bool) -> None:
-    takes_place = "inplace" in vars(kind()) or hasattr(kind(), "inplace")
-    if inplace and not takes_place:
-        pytest.skip("it has no form that works in place")
-    activation = kind(inplace=True) if inplace else kind()
+
+
+@pytest.mark.parametrize(
+    ("kind", "activation"),
+    [
+        (nn.GELU, nn.GELU()),
+        (partial(nn.GELU, approximate="tanh"), nn.GELU("tanh")),
+        *((kind, kind()) for kind in IN_PLACE),
+        *((kind, kind(inplace=True)) for kind in IN_PLACE),
+    ],
+    ids=str,
+)
+def test_gate_of_an_activation_is_a_constant(
+    kind: Callable[..., nn.Module], activation: nn.Module
+) -> None:
     x = 3 * _drawn(40)
     x[:4] = torch.tensor([0.0, 9e-7, -9e-7, 1.1e-6])
     output, gradient = _gradient(activation, x)
@@ -200,6 +209,47 @@ def test_another_thread_has_plain_gradients() -> None:
         (here,) = torch.autograd.grad(F.gelu(x).sum(), x)
     assert torch.equal(elsewhere[0], plain)
     assert (here - plain).abs().max() > 0.1
+
+
+class _InTheMiddle:
+    """Lets another thread run the same model while this one is half way through it."""
+
+    def __init__(self, module: nn.Module, other: Callable[[], None]) -> None:
+        self._here = threading.get_ident()
+        self._other = other
+        self._handle = blocks_of(module)[0].register_forward_hook(self._run)
+        self.ran = False
+
+    def _run(self, *_: object) -> None:
+        if self.ran or threading.get_ident() != self._here:
+            return
+        self.ran = True
+        thread = threading.Thread(target=self._other)
+        thread.start()
+        thread.join()
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+@pytest.mark.parametrize("name", [POOLED, TALKING])
+@pytest.mark.parametrize("other", [ROLLOUTS[3], GRADIENTS[0], RELEVANCE], ids=str)
+@pytest.mark.parametrize("setting", [RELEVANCE, EVIDENCE, GRADIENTS[0]], ids=str)
+def test_two_threads_with_one_model_do_not_disturb_each_other(
+    name: str, setting: AnySetting, other: AnySetting
+) -> None:
+    chosen = specimen(name)
+    alone = [_maps(chosen, each, chosen.images()) for each in (setting, other)]
+    elsewhere: list[np.ndarray] = []
+    middle = _InTheMiddle(
+        chosen.module, lambda: elsewhere.append(_maps(chosen, other, chosen.images()))
+    )
+    try:
+        here = _maps(chosen, setting, chosen.images())
+    finally:
+        middle.remove()
+    assert middle.ran
+    np.testing.assert_array_equal([here, *elsewhere], alone)
 
 
 def test_another_thread_keeps_its_own_gradients_while_one_records() -> None:
