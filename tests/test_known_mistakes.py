@@ -9,24 +9,36 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
+import linear_oracles
 import oracles
 from comparison import (
+    CLASSIC,
+    EVIDENCE,
     GRADIENTS,
+    LINEAR,
+    RELEVANCE,
     ROLLOUTS,
     SETTINGS,
+    SHARED_EVIDENCE,
     STARTED,
     TOLERANCE,
+    AnySetting,
+    LinearSetting,
     Setting,
     by_hand,
     class_gradients,
     distance,
     found,
+    linear_by_hand,
     traced,
 )
+from linear_oracles import ImageTrace, LinearSteps
 from oracles import Array, Steps
 from tiny import CASES, TinyCase
 
@@ -57,8 +69,8 @@ class Mistake:
     """
 
     name: str
-    plant: Callable[[TinyCase, Setting], Array]
-    settings: Sequence[Setting]
+    plant: Callable[[TinyCase, Any], Array]
+    settings: Sequence[AnySetting]
     concerns: Callable[[TinyCase], bool] = _any_case
 
     def __str__(self) -> str:
@@ -191,6 +203,283 @@ def _averages_patches(case: TinyCase) -> bool:
 def _reads_class_token_alone(case: TinyCase) -> bool:
     return case.readout(case.tokens)[0] == 1
 
+
+def _variable(x: Tensor) -> Tensor:
+    return x
+
+
+def _under(**mistaken: object) -> Callable[[TinyCase, LinearSetting], Array]:
+    """Plant a mistake in what counts as a constant."""
+
+    def plant(case: TinyCase, setting: LinearSetting) -> Array:
+        shared = setting is SHARED_EVIDENCE
+        right = linear_oracles.SHARED if shared else linear_oracles.VALUE
+        return linear_by_hand(case, setting, rules=replace(right, **mistaken))
+
+    return plant
+
+
+def _in_linear_steps(**steps: Callable[..., Any]) -> Callable[[TinyCase, LinearSetting], Array]:
+    return partial(linear_by_hand, steps=LinearSteps(**steps))
+
+
+def _clamp_the_mean(attention: Array, gradient: Array) -> Array:
+    return np.maximum((attention * gradient).mean(axis=0), 0)
+
+
+def _clamped_gradient_alone(attention: Array, gradient: Array) -> Array:
+    return np.maximum(gradient, 0).mean(axis=0)
+
+
+def _weigh_with_bias(values: Array, projection: Array, bias: Array) -> Array:
+    joined = values.transpose(1, 0, 2).reshape(values.shape[1], -1)
+    return np.linalg.norm(joined @ projection.T + bias, axis=1)
+
+
+def _weigh_by_head(values: Array, projection: Array, bias: Array) -> Array:
+    """Add up the norms of the heads, in place of the norm of their sum."""
+    heads, _, width = values.shape
+    columns = projection.reshape(len(projection), heads, width)
+    return sum(np.linalg.norm(values[head] @ columns[:, head].T, axis=1) for head in range(heads))
+
+
+def _weigh_without_projection(values: Array, projection: Array, bias: Array) -> Array:
+    return np.sqrt((values**2).sum(axis=(0, 2)))
+
+
+def _start_of_class_token(image: ImageTrace) -> Array:
+    return oracles.class_token(len(image.tokens[-1]))
+
+
+def _start_of_last_input(image: ImageTrace) -> Array:
+    """Take the tokens before the last block."""
+    start = np.maximum(linear_oracles.contribution(image.tokens[-2], image.token_gradients[-2]), 0)
+    return start / start.sum() if start.any() else start
+
+
+def _start_signed(image: ImageTrace) -> Array:
+    start = linear_oracles.contribution(image.tokens[-1], image.token_gradients[-1])
+    return start / start.sum()
+
+
+def _start_from_gradient_alone(image: ImageTrace) -> Array:
+    start = np.maximum(image.token_gradients[-1].sum(axis=1), 0)
+    return start / start.sum() if start.any() else start
+
+
+def _other_classes(case: TinyCase, setting: LinearSetting) -> Array:
+    """Explain the class of the next number."""
+    others = tuple((index + 1) % 7 for index in case.classes)
+    return linear_by_hand(case, setting, classes=others)
+
+
+def _gradients_of_all_classes(case: TinyCase, setting: LinearSetting) -> Array:
+    """Give all maps the gradients of the first class."""
+    maps = linear_by_hand(case, setting)
+    return np.repeat(maps[:, :1], maps.shape[1], axis=1)
+
+
+def _gradients_of_first_image(case: TinyCase, setting: LinearSetting) -> Array:
+    """Explain the best class of the first image in all of them."""
+    best = traced(case).top_class()[0]
+    maps = linear_by_hand(case, setting, classes=(best, best))
+    return np.concatenate([linear_by_hand(case, setting)[:, :2], maps[:, :1]], axis=1)
+
+
+def _shifted_start(by: int) -> Callable[[TinyCase, LinearSetting], Array]:
+    def plant(case: TinyCase, setting: LinearSetting) -> Array:
+        return linear_by_hand(case, replace(setting, start_layer=case.blocks // 2 + by))
+
+    return plant
+
+
+def _classic_from_half(case: TinyCase, setting: LinearSetting) -> Array:
+    return linear_by_hand(case, replace(setting, start_layer=case.blocks // 2))
+
+
+def _other_rule(case: TinyCase, setting: LinearSetting) -> Array:
+    return linear_by_hand(case, SHARED_EVIDENCE if setting is EVIDENCE else EVIDENCE)
+
+
+def _inputs_and_last_output(image: ImageTrace) -> range:
+    return range(len(image.tokens))
+
+
+def _outputs_alone(image: ImageTrace) -> range:
+    return range(1, len(image.tokens))
+
+
+def _first_input_alone(image: ImageTrace) -> range:
+    return range(1)
+
+
+def _clamp_evidence(tokens: Array, gradient: Array) -> Array:
+    return np.maximum(linear_oracles.contribution(tokens, gradient), 0)
+
+
+def _evidence_without_sign(tokens: Array, gradient: Array) -> Array:
+    return np.abs(linear_oracles.contribution(tokens, gradient))
+
+
+def _sum_of_evidence(case: TinyCase, setting: LinearSetting) -> Array:
+    return case.blocks * linear_by_hand(case, setting)
+
+
+def _evidence_of_gradients(tokens: Array, gradient: Array) -> Array:
+    return gradient.sum(axis=1)
+
+
+def _row_0_read(case: TinyCase, setting: LinearSetting) -> Array:
+    return linear_by_hand(case, setting, readout=oracles.class_token(case.tokens))
+
+
+def _patch_average_read(case: TinyCase, setting: LinearSetting) -> Array:
+    readout = oracles.patches_after(case.prefix_tokens)(case.tokens)
+    return linear_by_hand(case, setting, readout=readout)
+
+
+LINEARISED = (RELEVANCE, EVIDENCE, SHARED_EVIDENCE)
+BOTH_FORMS = (RELEVANCE, CLASSIC)
+BOTH_RULES = (EVIDENCE, SHARED_EVIDENCE)
+
+LINEAR_MISTAKES = (
+    Mistake(name="deviation-varies", plant=_under(deviation=_variable), settings=LINEARISED),
+    Mistake(name="mean-is-a-constant", plant=_under(mean=Tensor.detach), settings=LINEARISED),
+    Mistake(name="derivative-for-gate", plant=_under(gate=_variable), settings=LINEARISED),
+    Mistake(name="softmax-not-cut", plant=_under(shares=(1, 1, 1)), settings=(RELEVANCE, EVIDENCE)),
+    Mistake(
+        name="plain-gradients",
+        plant=_under(shares=(1, 1, 1), deviation=_variable, gate=_variable),
+        settings=LINEARISED,
+    ),
+    Mistake(name="values-cut", plant=_under(shares=(0.5, 0.5, 0)), settings=BOTH_RULES),
+    Mistake(
+        name="shares-of-a-third",
+        plant=_under(shares=(1 / 3, 1 / 3, 1 / 3)),
+        settings=(SHARED_EVIDENCE,),
+    ),
+    Mistake(name="other-rule", plant=_other_rule, settings=BOTH_RULES),
+    Mistake(
+        name="relu-behind-the-mean",
+        plant=_in_linear_steps(fuse=_clamp_the_mean),
+        settings=BOTH_FORMS,
+    ),
+    Mistake(
+        name="values-not-weighed",
+        plant=_in_linear_steps(value_norms=lambda values, *_: np.ones(values.shape[1])),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(
+        name="values-weighed-with-bias",
+        plant=_in_linear_steps(value_norms=_weigh_with_bias),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(
+        name="values-weighed-by-head",
+        plant=_in_linear_steps(value_norms=_weigh_by_head),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(
+        name="values-weighed-before-projection",
+        plant=_in_linear_steps(value_norms=_weigh_without_projection),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(
+        name="relevance-carried-along-columns",
+        plant=_in_linear_steps(carry=lambda r, fused: r + fused @ r),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(
+        name="relevance-carried-without-residual",
+        plant=_in_linear_steps(carry=lambda r, fused: r @ fused),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(name="start-one-block-early", plant=_shifted_start(-1), settings=(RELEVANCE,)),
+    Mistake(name="start-one-block-late", plant=_shifted_start(1), settings=(RELEVANCE,)),
+    Mistake(
+        name="start-not-normalised",
+        plant=_in_linear_steps(start=linear_oracles.speaking),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(
+        name="start-at-class-token",
+        plant=_in_linear_steps(start=_start_of_class_token),
+        settings=(RELEVANCE,),
+        concerns=lambda case: not _reads_class_token_alone(case),
+    ),
+    Mistake(
+        name="start-before-last-block",
+        plant=_in_linear_steps(start=_start_of_last_input),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(
+        name="start-signed",
+        plant=_in_linear_steps(start=_start_signed),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(
+        name="start-from-gradient-alone",
+        plant=_in_linear_steps(start=_start_from_gradient_alone),
+        settings=(RELEVANCE,),
+    ),
+    Mistake(
+        name="gradient-without-attention-in-classic",
+        plant=_in_linear_steps(fuse=_clamped_gradient_alone),
+        settings=(CLASSIC,),
+    ),
+    Mistake(
+        name="classic-reads-row-0",
+        plant=_row_0_read,
+        settings=(CLASSIC,),
+        concerns=lambda case: not _reads_class_token_alone(case),
+    ),
+    Mistake(name="classic-from-half", plant=_classic_from_half, settings=(CLASSIC,)),
+    Mistake(
+        name="classic-reads-patches",
+        plant=_patch_average_read,
+        settings=(CLASSIC,),
+        concerns=_reads_prefix,
+    ),
+    Mistake(name="gradients-of-next-class", plant=_other_classes, settings=LINEAR),
+    Mistake(name="gradients-of-first-class", plant=_gradients_of_all_classes, settings=LINEAR),
+    Mistake(
+        name="ranks-of-first-image",
+        plant=_gradients_of_first_image,
+        settings=LINEAR,
+        concerns=lambda case: len(set(traced(case).top_class())) > 1,
+    ),
+    Mistake(
+        name="evidence-for-alone",
+        plant=_in_linear_steps(contribution=_clamp_evidence),
+        settings=BOTH_RULES,
+    ),
+    Mistake(
+        name="evidence-without-sign",
+        plant=_in_linear_steps(contribution=_evidence_without_sign),
+        settings=BOTH_RULES,
+    ),
+    Mistake(
+        name="evidence-of-gradients",
+        plant=_in_linear_steps(contribution=_evidence_of_gradients),
+        settings=BOTH_RULES,
+    ),
+    Mistake(
+        name="evidence-of-last-output-too",
+        plant=_in_linear_steps(block_inputs=_inputs_and_last_output),
+        settings=BOTH_RULES,
+    ),
+    Mistake(
+        name="evidence-of-outputs",
+        plant=_in_linear_steps(block_inputs=_outputs_alone),
+        settings=BOTH_RULES,
+    ),
+    Mistake(
+        name="evidence-of-first-input-alone",
+        plant=_in_linear_steps(block_inputs=_first_input_alone),
+        settings=BOTH_RULES,
+    ),
+    Mistake(name="evidence-not-averaged", plant=_sum_of_evidence, settings=BOTH_RULES),
+)
 
 MISTAKES = (
     Mistake(
@@ -326,7 +615,7 @@ MISTAKES = (
     ("mistake", "case"),
     [
         pytest.param(mistake, case, id=f"{mistake}-{case}")
-        for mistake in MISTAKES
+        for mistake in MISTAKES + LINEAR_MISTAKES
         for case in CASES
         if mistake.concerns(case)
     ],
