@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import vitviz
-from comparison import loaded
+from comparison import GRADIENTS, LINEAR, ROLLOUTS, AnySetting, distance, loaded
 from fixtures_io import picture, tiny_model
+from oracles import Array
 from tiny import CASES, TinyCase
 from vitviz.cli import main
 from vitviz.engine import explain_batch
 from vitviz.errors import OptionError
+from vitviz.models import load_model
 from vitviz.options import Method, MethodOptions
 from vitviz.refinement import Shift, place_back, shifted, shifts
 
@@ -106,6 +111,107 @@ def test_refined_maps_are_the_shifted_maps_put_back(case: TinyCase, method: Meth
         for each in made
     ]
     torch.testing.assert_close(whole.relevance, place_back(maps, made, 2), rtol=1e-4, atol=1e-7)
+
+
+def slowly_shifted(image: Array, down: int, right: int) -> Array:
+    """Move the content of (channels, height, width), pixel by pixel."""
+    moved = np.empty_like(image)
+    for row, col in np.ndindex(image.shape[1:]):
+        source = []
+        for place, length in ((row - down, image.shape[1]), (col - right, image.shape[2])):
+            inside = abs(place)
+            source.append(inside if inside < length else 2 * (length - 1) - inside)
+        moved[:, row, col] = image[:, source[0], source[1]]
+    return moved
+
+
+def slowly_placed_back(maps: list[Array], made: list[Shift], refine: int) -> Array:
+    """Average, cell by cell, the patches in which a cell was seen."""
+    rows, cols = (side * refine for side in maps[0].shape)
+    fine = np.zeros((rows, cols))
+    for row, col in np.ndindex(rows, cols):
+        seen = []
+        for relevance, shift in zip(maps, made, strict=True):
+            there = row + shift.cells[0], col + shift.cells[1]
+            if 0 <= there[0] < rows and 0 <= there[1] < cols:
+                seen.append(relevance[there[0] // refine, there[1] // refine])
+        fine[row, col] = np.mean(seen) / refine**2
+    return fine
+
+
+@pytest.mark.parametrize("patch", [(8, 8), (14, 14), (8, 14)], ids=str)
+@pytest.mark.parametrize("refine", [1, 2, 3, 4])
+def test_shift_and_way_back_are_those_of_slow_loops(refine: int, patch: tuple[int, int]) -> None:
+    made = shifts(refine, patch)
+    images = torch.randn(3, 2 * patch[0], 3 * patch[1], generator=torch.Generator().manual_seed(1))
+    for each in made:
+        expected = slowly_shifted(images.numpy(), *each.pixels)
+        np.testing.assert_array_equal(shifted(images, each), expected)
+    generator = torch.Generator().manual_seed(2)
+    maps = [torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64) for _ in made]
+    fine = place_back(maps, made, refine)
+    for image, index in np.ndindex(2, 3):
+        one = [each[image, index].numpy() for each in maps]
+        expected = slowly_placed_back(one, made, refine)
+        np.testing.assert_allclose(fine[image, index], expected, rtol=1e-12)
+
+
+LITERAL = (ROLLOUTS[0], GRADIENTS[0], *LINEAR)
+
+
+def refining(setting: AnySetting, refine: int, *classes: str) -> MethodOptions:
+    return replace(setting.options(classes), refine=refine)
+
+
+@pytest.mark.parametrize("refine", [2, 3])
+@pytest.mark.parametrize("setting", LITERAL, ids=str)
+def test_refined_maps_equal_images_shifted_one_by_one(setting: AnySetting, refine: int) -> None:
+    case = CASES[-1]
+    images, classes = case.images(), (*map(str, case.classes), "top1")
+    whole = explain_batch(loaded(case), images, refining(setting, 1, *classes))
+    made = shifts(refine, (8, 8))
+    expected = []
+    for index, image in enumerate(images):
+        chosen = None if whole.class_indices is None else whole.class_indices[[index]]
+        maps = []
+        for each in made:
+            moved = torch.from_numpy(slowly_shifted(image.numpy(), *each.pixels))[None]
+            options = refining(setting, 1, *classes)
+            one = explain_batch(loaded(case), moved, options, class_indices=chosen)
+            maps.append(one.relevance[0].double().numpy())
+        alone = [[each[place] for each in maps] for place in range(len(maps[0]))]
+        expected.append([slowly_placed_back(each, made, refine) for each in alone])
+    found = explain_batch(loaded(case), images, refining(setting, refine, *classes), at_once=5)
+    assert distance(np.asarray(found.relevance, np.float64), np.array(expected)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("setting", LITERAL, ids=str)
+def test_lanes_and_batches_do_not_matter(setting: AnySetting) -> None:
+    case = CASES[-1]
+    options = refining(setting, 2, "2", "top1")
+    one = np.asarray(explain_batch(loaded(case), case.images(), options, at_once=12).relevance)
+    torch.set_num_threads(3)
+    try:
+        lanes = explain_batch(loaded(case), case.images(), options, at_once=12).relevance
+    finally:
+        torch.set_num_threads(1)
+    assert distance(np.asarray(lanes), one).max() <= 1e-5
+    for index in range(3):
+        alone = explain_batch(loaded(case), case.images()[[index]], options).relevance
+        assert distance(np.asarray(alone), one[[index]]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("refine", [3, 4])
+def test_patches_that_cells_do_not_divide_are_refined(refine: int) -> None:
+    torch.manual_seed(0)
+    module = VisionTransformer(
+        img_size=(28, 42), patch_size=14, embed_dim=24, depth=2, num_heads=2, num_classes=5
+    )
+    images = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(1))
+    options = MethodOptions(method=Method.EVIDENCE, refine=refine)
+    maps = explain_batch(load_model(module.eval(), device="cpu"), images, options).relevance
+    assert maps.shape == (2, 1, 2 * refine, 3 * refine)
+    assert maps.isfinite().all()
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 7, 100])
