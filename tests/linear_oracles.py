@@ -347,9 +347,9 @@ def carry(r: Array, fused: Array) -> Array:
     return r + r @ fused
 
 
-def half(blocks: int) -> int:
-    """Return the block with which relevance starts."""
-    return blocks // 2
+def average_of_shares(carried: Sequence[Array]) -> Array:
+    """Average r in front of each block, each as shares of its sum; nothing where r is nothing."""
+    return sum(each / each.sum() if each.any() else each for each in carried) / len(carried)
 
 
 def block_inputs(image: ImageTrace) -> range:
@@ -365,7 +365,7 @@ class LinearSteps:
     value_norms: Callable[[Array, Array, Array], Array] = value_norms
     start: Callable[[ImageTrace], Array] = start_of_relevance
     carry: Callable[[Array, Array], Array] = carry
-    first_block: Callable[[int], int] = half
+    average: Callable[[Sequence[Array]], Array] = average_of_shares
     contribution: Callable[[Array, Array], Array] = contribution
     block_inputs: Callable[[ImageTrace], range] = block_inputs
 
@@ -376,18 +376,15 @@ STEPS = LinearSteps()
 def token_relevance(
     image: ImageTrace, *, first_block: int | None = None, steps: LinearSteps = STEPS
 ) -> Array:
-    """Recipe T for one image: r (N), the prefix tokens among them."""
-    blocks = len(image.attention)
-    if first_block is None:
-        first_block = steps.first_block(blocks)
-    r = steps.start(image)
-    for block in reversed(range(first_block, blocks)):
+    """r (N) for one image, the prefix tokens among them, in front of one block or of all."""
+    carried = [steps.start(image)]
+    for block in reversed(range(first_block or 0, len(image.attention))):
         fused = steps.fuse(image.attention[block], image.attention_gradients[block])
         fused = fused * steps.value_norms(
             image.values[block], image.projections[block], image.biases[block]
         )
-        r = steps.carry(r, fused)
-    return r
+        carried.append(steps.carry(carried[-1], fused))
+    return steps.average(carried[1:]) if first_block is None else carried[-1]
 
 
 def token_evidence(image: ImageTrace, *, steps: LinearSteps = STEPS) -> Array:

@@ -288,9 +288,35 @@ def _gradients_of_first_image(case: TinyCase, setting: LinearSetting) -> Array:
 
 def _shifted_start(by: int) -> Callable[[TinyCase, LinearSetting], Array]:
     def plant(case: TinyCase, setting: LinearSetting) -> Array:
-        return linear_by_hand(case, replace(setting, start_layer=case.blocks // 2 + by))
+        return linear_by_hand(case, replace(setting, start_layer=setting.start_layer + by))
 
     return plant
+
+
+def _averaged_start(case: TinyCase, setting: LinearSetting) -> Array:
+    return linear_by_hand(case, replace(setting, start_layer=None))
+
+
+def _without_the_last(carried: Sequence[Array]) -> Array:
+    """Leave out r in front of the last block."""
+    return linear_oracles.average_of_shares(carried[1:])
+
+
+def _without_the_first(carried: Sequence[Array]) -> Array:
+    """Leave out r in front of the first block."""
+    return linear_oracles.average_of_shares(carried[:-1])
+
+
+def _sum_of_shares(carried: Sequence[Array]) -> Array:
+    return len(carried) * linear_oracles.average_of_shares(carried)
+
+
+def _average_as_it_is(carried: Sequence[Array]) -> Array:
+    return sum(carried) / len(carried)
+
+
+def _shares_of_the_largest(carried: Sequence[Array]) -> Array:
+    return sum(each / each.max() if each.any() else each for each in carried) / len(carried)
 
 
 def _classic_from_half(case: TinyCase, setting: LinearSetting) -> Array:
@@ -340,6 +366,7 @@ def _patch_average_read(case: TinyCase, setting: LinearSetting) -> Array:
 
 LINEARISED = (RELEVANCE, EVIDENCE, SHARED_EVIDENCE)
 BOTH_FORMS = (RELEVANCE, CLASSIC)
+FROM_1 = LinearSetting(name="relevance", start_layer=1)
 BOTH_RULES = (EVIDENCE, SHARED_EVIDENCE)
 
 LINEAR_MISTAKES = (
@@ -394,12 +421,26 @@ LINEAR_MISTAKES = (
         plant=_in_linear_steps(carry=lambda r, fused: r @ fused),
         settings=(RELEVANCE,),
     ),
-    Mistake(name="start-one-block-early", plant=_shifted_start(-1), settings=(RELEVANCE,)),
-    Mistake(name="start-one-block-late", plant=_shifted_start(1), settings=(RELEVANCE,)),
+    Mistake(name="start-one-block-early", plant=_shifted_start(-1), settings=(FROM_1,)),
+    Mistake(name="start-one-block-late", plant=_shifted_start(1), settings=(FROM_1,)),
+    Mistake(name="averaged-in-spite-of-a-start", plant=_averaged_start, settings=(FROM_1,)),
+    *(
+        Mistake(name=name, plant=_in_linear_steps(average=average), settings=(RELEVANCE,))
+        for name, average in (
+            ("last-block-not-averaged", _without_the_last),
+            ("first-block-not-averaged", _without_the_first),
+            ("last-block-alone", lambda carried: linear_oracles.average_of_shares(carried[:1])),
+            ("first-block-alone", lambda carried: linear_oracles.average_of_shares(carried[-1:])),
+            ("shares-summed", _sum_of_shares),
+            ("averaged-as-it-is", _average_as_it_is),
+            ("shares-of-the-largest", _shares_of_the_largest),
+        )
+    ),
     Mistake(
         name="start-not-normalised",
+        # Where shares are averaged, a factor is of no account.
         plant=_in_linear_steps(start=linear_oracles.speaking),
-        settings=(RELEVANCE,),
+        settings=(FROM_1,),
     ),
     Mistake(
         name="start-at-class-token",

@@ -143,7 +143,8 @@ def relevance(
         classes: As for ``grad_rollout``.
         classic: Exactly Chefer, Gur & Wolf 2021 (arXiv 2103.15679) instead: true gradients, all
             blocks, no weighing, read out as the model's head does.
-        start_layer: Blocks before this one are left out; None: half of them, if not classic.
+        start_layer: Blocks before this one are left out; None: if not classic, the average of what
+            each block gives as the first, as shares of its sum.
         refine: As for ``rollout``.
         fit: As for ``rollout``.
         batch_size: As for ``rollout``.

@@ -417,7 +417,7 @@ def relevance(
         typer.Option(
             metavar="N",
             help="Leave out the blocks before this one.",
-            show_default="half of the blocks; 0 if classic",
+            show_default="average over all; 0 if classic",
         ),
     ] = None,
 ) -> None:

@@ -27,6 +27,7 @@ from vitviz.propagation import (
     fuse_with_gradient,
     gathered_by_heads,
     gradient_relevance,
+    mean_share,
     pooled_readout,
     signed_evidence,
 )
@@ -71,7 +72,7 @@ def class_requests(model: Model, options: MethodOptions) -> tuple[ClassRequest, 
             is no logit to take gradients of, or ``rule`` is not defined for the model.
         LabelError: A class request fits no class of the model.
     """
-    if options.first_block(model.layout.blocks) >= model.layout.blocks:
+    if options.first_block >= model.layout.blocks:
         raise OptionError(
             f"--start-layer is {options.start_layer}, but {model.name} has {model.layout.blocks} "
             f"blocks; give a number from 0 to {model.layout.blocks - 1}"
@@ -144,12 +145,12 @@ def explain_batch(
 @contextmanager
 def _captured(model: Model, options: MethodOptions) -> Iterator[AttentionCapture]:
     """Capture what a method needs."""
-    method, start = options.method, options.first_block(model.layout.blocks)
+    method = options.method
     from_attention = method in (Method.GRAD_ROLLOUT, Method.RELEVANCE)
     blocks = blocks_of(model.module)
     with AttentionCapture(
         model.module,
-        first_gradient=start if from_attention else None,
+        first_gradient=options.first_block if from_attention else None,
         blocks=blocks if method is Method.EVIDENCE else blocks[-1:],
     ) as capture:
         yield capture
@@ -261,8 +262,7 @@ def _explain_part(
     with torch.inference_mode(False), torch.set_grad_enabled(about_classes):
         with capture.recording(), _way_back(options):
             output = model.module(images)
-            start = options.first_block(model.layout.blocks)
-            records = capture.take(model.layout.calls)[start:]
+            records = capture.take(model.layout.calls)[options.first_block :]
             grid = _expect_grid(model, records, images)
             seen = _Seen(records=records, tokens=capture.take_tokens(), grid=grid)
         logits = output.detach().float().cpu() if model.num_classes else torch.empty(len(images), 0)
@@ -334,17 +334,17 @@ def _relevance(
         gradients = output_gradients(seen.records, score, last=last)
         fusions = list(map(fuse_positive, seen.records, gradients))
         blocks, fusions, start = _read_out(model, seen.records, fusions)
-        relevance = gradient_relevance(blocks, fusions, start, weigh_values=False)
-        return relevance, _leverage(seen.records[-1], gradients[-1])
+        carried = gradient_relevance(blocks, fusions, start, weigh_values=False)
+        return carried[-1], _leverage(seen.records[-1], gradients[-1])
     blocks = _blocks(model, seen.records)
     outputs = [record.output for record in blocks if record.output is not None]
     *gradients, behind = torch.autograd.grad(
         score, [*outputs, seen.tokens[-1]], retain_graph=not last
     )
-    start = signed_evidence(seen.tokens[-1:], [behind]).relu_()
-    start /= start.sum(dim=1, keepdim=True).clamp_(min=torch.finfo(start.dtype).tiny)
+    start = mean_share([signed_evidence(seen.tokens[-1:], [behind]).relu_()])
     fusions = list(map(fuse_positive, blocks, gradients))
-    relevance = gradient_relevance(blocks, fusions, start, weigh_values=True)
+    carried = gradient_relevance(blocks, fusions, start, weigh_values=True)
+    relevance = mean_share(carried) if options.averages_starts else carried[-1]
     return relevance, leverage(seen.tokens[-1], behind)
 
 

@@ -131,8 +131,9 @@ class MethodOptions:
         method: Which of the methods.
         discard: Share of the lowest fused attention set to 0, per image and block, in [0, 1);
             ``rollout`` and ``grad-rollout`` only.
-        start_layer: Blocks before this one are left out; blocks count from 0. None: 0, for
-            ``relevance`` that is not classic half of the blocks; not for ``evidence``.
+        start_layer: Blocks before this one are left out; blocks count from 0. None: none are;
+            ``relevance`` that is not classic then averages what it gives from each block. Not for
+            ``evidence``.
         head_fusion: Reduction over heads; ``rollout`` only.
         classes: Class requests as typed (an index, a label, ``top1``, ``top5``); for methods that
             explain a class.
@@ -172,11 +173,16 @@ class MethodOptions:
                 "from 1 up"
             )
 
-    def first_block(self, blocks: int) -> int:
-        """Return the block that a method starts with, of a number of blocks."""
-        if self.start_layer is not None:
-            return self.start_layer
-        return blocks // 2 if self.method is Method.RELEVANCE and not self.classic else 0
+    @property
+    def first_block(self) -> int:
+        """The first block that takes part."""
+        return self.start_layer or 0
+
+    @property
+    def averages_starts(self) -> bool:
+        """Whether maps are averages over all blocks that relevance can start from."""
+        is_averaged = self.method is Method.RELEVANCE and not self.classic
+        return is_averaged and self.start_layer is None
 
     def described(self) -> dict[str, Any]:
         """Return the options that shape this method's maps, for records and provenance."""
@@ -186,9 +192,9 @@ class MethodOptions:
         if self.method is Method.EVIDENCE:
             return {**options, "rule": self.rule.value}
         if self.method is Method.RELEVANCE:
-            start = "half" if self.start_layer is None and not self.classic else self.start_layer
-            return {**options, "classic": self.classic, "start_layer": start or 0}
-        options |= {"discard": self.discard, "start_layer": self.start_layer or 0}
+            start = "every" if self.averages_starts else self.first_block
+            return {**options, "classic": self.classic, "start_layer": start}
+        options |= {"discard": self.discard, "start_layer": self.first_block}
         if self.method is Method.ROLLOUT:
             options["head_fusion"] = self.head_fusion.value
         return options

@@ -32,6 +32,7 @@ __all__ = [
     "fuse_with_gradient",
     "gathered_by_heads",
     "gradient_relevance",
+    "mean_share",
     "pooled_readout",
     "signed_evidence",
 ]
@@ -85,8 +86,8 @@ def gradient_relevance(
     start: Tensor,
     *,
     weigh_values: bool,
-) -> Tensor:
-    """Compute r for a batch, r ← r + r·E from the last block down.
+) -> list[Tensor]:
+    """Carry r, r ← r + r·E, from the last block down.
 
     From block 0 and the head's readout it is one row of R ← R + E·R (Chefer, Gur & Wolf 2021,
     arXiv 2103.15679). Weighing columns by what a value can move follows Wu et al. 2024, "Token
@@ -99,19 +100,27 @@ def gradient_relevance(
         weigh_values: Multiply column j of E by ‖W_o v_j‖.
 
     Returns:
-        (batch, tokens).
+        r in front of each block (batch, tokens), the last block's first.
 
     Raises:
         CaptureError: Values are to be weighed, and their projection was not seen.
     """
-    relevance = start
+    carried = [start]
     for record, fusion in zip(reversed(records), reversed(fusions), strict=True):
+        relevance = carried[-1]
         gathered = torch.zeros_like(relevance)
         for images, row_chunks in _chunks(record.shape, _support(relevance)):
             for rows in row_chunks:
                 gathered[images] += _gather(relevance[images, rows], fusion(images, rows))
-        relevance = relevance + (gathered * record.value_norms() if weigh_values else gathered)
-    return relevance
+        carried.append(relevance + (gathered * record.value_norms() if weigh_values else gathered))
+    return carried[1:]
+
+
+def mean_share(relevances: Sequence[Tensor]) -> Tensor:
+    """Average relevances (batch, tokens), each as shares of its sum; none where there is none."""
+    tiny = torch.finfo(relevances[0].dtype).tiny
+    shares = [each / each.sum(dim=1, keepdim=True).clamp(min=tiny) for each in relevances]
+    return torch.stack(shares).mean(dim=0)
 
 
 def gathered_by_heads(records: Sequence[Attention], readout: Tensor) -> Tensor:
