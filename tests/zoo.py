@@ -41,7 +41,10 @@ SETTINGS = (
 )
 _CLASS = 2  # the class that is explained, beside the best one where signs matter
 # First draws under which 0.9 keeps nothing but the class token, and no token speaks for a class.
-_REDRAWN = {"vit_base_r26_s32_224", "eva_giant_patch14_clip_224"}
+_REDRAWN = {
+    *("vit_base_r26_s32_224", "eva_giant_patch14_clip_224"),
+    "vit_gigantic_patch14_clip_quickgelu_224",
+}
 
 
 class _EnoughSeenError(Exception):
