@@ -981,6 +981,35 @@ def test_closed_reader_ends_quietly(tmp_path: Path, tiny: list[str]) -> None:
     assert not list((tmp_path / "vitviz-out").rglob(".*"))
 
 
+def into(target: str, *words: str) -> tuple[int, list[str]]:
+    """Run a command in a shell with its stdout into something; exit code and stderr."""
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {target}; exit ${{PIPESTATUS[0]}}', "-"]
+        + [sys.executable, "-m", "vitviz", *words],
+        capture_output=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return done.returncode, done.stderr.decode().replace("Using cpu\n", "").splitlines()
+
+
+TELLING = (["inspect", "demo"], ["inspect", "demo", "--json"], ["models", "deit_tiny"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("words", [["--help"], *TELLING], ids=" ".join)
+def test_full_disk_behind_stdout_is_told_in_one_line(words: list[str]) -> None:
+    code, said = into("> /dev/full", *words)
+    assert code == 1
+    assert said == ["Error: no space left on the device that stdout goes to"]
+
+
+@pytest.mark.parametrize("words", TELLING, ids=" ".join)
+def test_reader_that_wants_nothing_ends_a_telling_command_quietly(words: list[str]) -> None:
+    assert into("| exec true", *words) == (141, [])
+
+
 def test_pipelines_of_a_shell_work(tmp_path: Path, tiny: list[str]) -> None:
     save_pictures(tmp_path / "p", ["a b.png", "c.png"])
     words = " ".join(f"'{word}'" for word in tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import inspect as introspection
 import json
@@ -17,7 +18,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
@@ -336,12 +337,16 @@ def inspect(
     name = building.resolve_name(model)
     typer.echo(models.describe_device(models.select_device()), err=True)
     module = building.build_skeleton(name, _size(img_size))
-    if full:
-        typer.echo(str(module))
-    elif as_json:
-        typer.echo(json.dumps(anatomy.describe(module, name).to_dict()))
-    else:
-        console.show_anatomy(anatomy.describe(module, name), Console())
+    with _until_reader_leaves():
+        if full:
+            typer.echo(str(module))
+        elif as_json:
+            typer.echo(json.dumps(anatomy.describe(module, name).to_dict()))
+        else:
+            terminal = Console()
+            with terminal.capture() as shown:  # Rich would leave by itself when the reader does
+                console.show_anatomy(anatomy.describe(module, name), terminal)
+            typer.echo(shown.get(), nl=False)
 
 
 @app.command()
@@ -491,6 +496,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _complain(str(error))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _forget(sys.stdout)
+        _complain("no space left on the device that stdout goes to", code=1)
 
 
 def _complain(message: str, code: int = 2) -> NoReturn:
@@ -682,11 +692,16 @@ def _until_reader_leaves() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        from vitviz.reporting import discard
-
-        discard(sys.stdout)
-        discard(sys.stderr)
+        _forget(sys.stdout, sys.stderr)
         sys.exit(141)
+
+
+def _forget(*streams: TextIO) -> None:
+    """Drop what streams cannot tell any more, so that leaving does not fail over it."""
+    from vitviz.reporting import discard
+
+    for stream in streams:
+        discard(stream)
 
 
 class _Interruption:

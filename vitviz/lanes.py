@@ -22,7 +22,7 @@ __all__ = ["batch_size_for", "in_lanes"]
 _Part = TypeVar("_Part")
 
 _PART_TOKENS = 800  # 4 images of 197 tokens: more leave the cache, fewer are more calls
-_LONG = 2048  # above so many tokens, layers are large enough to share, and so is their memory
+_LONG = 2048  # with more tokens, layers are large enough to share, and so is their memory
 _PARTS = 2  # for each core, so that it seldom waits for the others at the end of a batch
 _ACCELERATOR_TOKENS = 12800  # 64 images of 197 tokens
 _MOST_IMAGES = 64
