@@ -429,3 +429,14 @@ def test_evidence_is_drawn_with_its_sign() -> None:
     against, speaking = drawn.getpixel((0, 0)), drawn.getpixel((7, 7))
     assert against[2] > against[0] + 50
     assert speaking[0] > speaking[2] + 20
+
+
+@pytest.mark.parametrize("method", [Method.EVIDENCE, Method.RELEVANCE])
+def test_all_colour_of_an_overlay_with_a_sign_is_heat(method: Method) -> None:
+    image = sample(64, 64, Fit.SQUASH)
+    nothing = spot(4, 4, 0, 0)
+    made = Explanation(method=method, relevance=nothing, sample=image)
+    shown = np.asarray(made.overlay()).astype(int)[32:, 32:]  # where there is no heat
+    coloured = np.ptp(shown, axis=-1).max()
+    assert (coloured <= 1) == method.is_signed
+    assert np.ptp(np.asarray(made.panel())[-64:, :64].astype(int), axis=-1).max() > 20  # the image

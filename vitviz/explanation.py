@@ -17,6 +17,7 @@ from vitviz.render import (
     FLAT,
     color_heat,
     contact_sheet,
+    in_grey,
     overlay,
     panel,
     place_heat,
@@ -119,7 +120,7 @@ class Explanation:
     pictures: PictureOptions = PictureOptions()
 
     def overlay(self) -> Image.Image:
-        """Draw the heat over the image."""
+        """Draw the heat over the image; heat with a sign over the image in grey."""
         return Image.fromarray(self.draw(Kind.OVERLAY))
 
     def heatmap(self) -> Image.Image:
@@ -150,7 +151,8 @@ class Explanation:
         heat = place_heat(relevance, self.sample.region, picture.shape[:2], signed=signed)
         if kind is Kind.HEATMAP:
             return color_heat(heat, table)
-        blended = overlay(picture, heat, table, self.pictures.alpha)
+        beneath = in_grey(picture) if signed else picture  # all red and blue is heat then
+        blended = overlay(beneath, heat, table, self.pictures.alpha)
         if kind is Kind.OVERLAY:
             return blended
         return panel([picture, blended, color_heat(heat, table)], self.caption)

@@ -18,6 +18,7 @@ __all__ = [
     "color_heat",
     "contact_sheet",
     "contrast",
+    "in_grey",
     "normalize",
     "overlay",
     "panel",
@@ -103,6 +104,12 @@ def overlay(picture: Pixels, heat: Heat, colormap: Colormap, alpha: float) -> Pi
     unseen = np.isnan(heat)
     blended[unseen] = picture[unseen]
     return np.asarray(blended, dtype=np.uint8)
+
+
+def in_grey(picture: Pixels) -> Pixels:
+    """Take the colours out of a picture (height, width, 3)."""
+    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return np.asarray(grey, dtype=np.uint8)
 
 
 def panel(pictures: list[Pixels], caption: str) -> Pixels:
