@@ -58,7 +58,7 @@ def shifted(images: Tensor, shift: Shift) -> Tensor:
     """Move the content of images (batch, 3, height, width); edges are reflected."""
     for dimension, pixels in zip((-2, -1), shift.pixels, strict=True):
         if pixels:
-            images = images.index_select(dimension, _mirrored(images, dimension, pixels))
+            images = images.index_select(dimension, _origins(images, dimension, pixels))
     return images
 
 
@@ -72,32 +72,32 @@ def place_back(maps: list[Tensor], made: list[Shift], refine: int) -> Tensor:
 
     Returns:
         (..., rows · refine, cols · refine); a patch's relevance is shared out among its cells, so
-        that sums stay what they were, but for the edges. What a shift moved out of view it says
-        nothing of: cells at a border are means of fewer patches.
+        that sums stay what they were, but for the edges. A cell is the mean over all places that
+        showed its content, in the mirror too: if a patch at the edge is hot because it shows
+        something twice, that counts twice for the cell of this thing, and once for its neighbour.
     """
     rows, cols = (side * refine for side in maps[0].shape[-2:])
     total = maps[0].new_zeros((*maps[0].shape[:-2], rows, cols))
     seen = maps[0].new_zeros((rows, cols))
     for relevance, shift in zip(maps, made, strict=True):
-        fine = relevance.repeat_interleave(refine, -2).repeat_interleave(refine, -1)
-        (here_rows, there_rows), (here_cols, there_cols) = (
-            _overlap(length, moved) for length, moved in zip((rows, cols), shift.cells, strict=True)
+        total += _moved_back(
+            relevance.repeat_interleave(refine, -2).repeat_interleave(refine, -1), shift
         )
-        total[..., here_rows, here_cols] += fine[..., there_rows, there_cols]
-        seen[here_rows, here_cols] += 1
+        seen += _moved_back(torch.ones_like(seen), shift)
     return total / (seen * refine**2)
 
 
-def _mirrored(images: Tensor, dimension: int, pixels: int) -> Tensor:
-    """Return from where each position along a dimension takes its pixel."""
-    last = images.shape[dimension] - 1
-    position = torch.arange(last + 1, device=images.device).sub_(pixels).abs_()
-    return last - (last - position).abs_()
+def _moved_back(cells: Tensor, shift: Shift) -> Tensor:
+    """Add each cell (..., rows, cols) to the one that its content came from."""
+    for dimension, moved in zip((-2, -1), shift.cells, strict=True):
+        origins = _origins(cells, dimension, moved)
+        cells = torch.zeros_like(cells).index_add_(dimension, origins, cells)
+    return cells
 
 
-def _overlap(length: int, moved: int) -> tuple[slice, slice]:
-    """Return where content is that stayed inside: before it was moved, and after."""
-    return (
-        slice(max(-moved, 0), length - max(moved, 0)),
-        slice(max(moved, 0), length + min(moved, 0)),
-    )
+def _origins(content: Tensor, dimension: int, moved: int) -> Tensor:
+    """Return where what each place along a dimension shows came from; edges are mirrors."""
+    length = content.shape[dimension]
+    places = torch.arange(length, device=content.device) - moved
+    before = torch.where(places < 0, -1 - places, places)
+    return torch.where(before >= length, 2 * length - 1 - before, before)
