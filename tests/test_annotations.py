@@ -10,7 +10,7 @@ from PIL import Image
 
 from vitviz.annotations import find_mask, fit_mask, load_mask, read_truth, true_class
 from vitviz.errors import ImageError, LabelError, OptionError
-from vitviz.images import Frame, Source, sample_of
+from vitviz.images import Frame, Source, load_sample, read_file, sample_of
 from vitviz.labels import Labels
 from vitviz.options import Fit
 
@@ -122,3 +122,33 @@ def test_wrong_line_is_named(
 def test_truth_that_cannot_be_read_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be read"):
         read_truth(tmp_path / "gone.txt", LABELS, 3)
+
+
+@pytest.mark.parametrize("fit", Fit)
+@pytest.mark.parametrize("size", [(1366, 683), (683, 1366), (901, 307)])
+@pytest.mark.parametrize("smaller", [1, 2, 3])
+def test_mask_of_any_size_is_fitted_as_its_large_jpeg_is(
+    fit: Fit, size: tuple[int, int], smaller: int, tmp_path: Path
+) -> None:
+    """Which is decoded to less than its size, and has an aspect ratio between whole patches."""
+    mask = np.zeros(size, dtype=np.uint8)
+    mask[size[0] // 3 :, size[1] // 3 :] = 7
+    white = np.repeat((mask > 0)[:, :, None] * np.uint8(255), 3, axis=2)
+    Image.fromarray(white).save(tmp_path / "a.jpg", quality=95)
+    file = read_file(Source(path=tmp_path / "a.jpg", key="a.jpg"))
+    sample = load_sample(file, frame(fit, (48, 48)), max_size=1)
+    rough = np.asarray(Image.fromarray(mask).resize((size[1] // smaller, size[0] // smaller), 0))
+    fitted = fit_mask(rough, frame(fit, (48, 48)), sample.size)
+    assert fitted.shape == sample.pixels.shape[:2]
+    assert ((fitted > 0) != (sample.pixels[:, :, 0] > 127)).mean() < 0.05
+
+
+def test_mask_of_fractions_is_refused() -> None:
+    with pytest.raises(ImageError, match="fractions; expected whole numbers"):
+        fit_mask(np.full((8, 8), 0.7), frame(Fit.SQUASH), (8, 8))
+
+
+def test_image_is_not_its_own_mask(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    image.touch()
+    assert find_mask(tmp_path, Source(path=image, key="a.png")) is None

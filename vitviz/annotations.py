@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitviz.errors import ImageError, LabelError, OptionError
-from vitviz.images import Frame, Source, read_file
+from vitviz.images import Frame, Source, identity, read_file
 from vitviz.labels import Labels, parse_requests
 
 __all__ = ["find_mask", "fit_mask", "load_mask", "read_truth", "true_class"]
@@ -27,10 +27,11 @@ def find_mask(folder: Path, source: Source) -> Path | None:
     """Find the mask of an image: a PNG of its name, in folders of the same names or in none.
 
     Of ``photos/cats/tom.jpg``: ``photos/cats/tom.png``, ``cats/tom.png`` or ``tom.png`` in the
-    folder, the first that is there.
+    folder, the first that is there and not the image itself.
     """
     names = (folder / PurePosixPath(tail).with_suffix(".png") for tail in _tails(source))
-    return next((path for path in names if path.is_file()), None)
+    own = identity(source.path)
+    return next((path for path in names if path.is_file() and identity(path) != own), None)
 
 
 def load_mask(path: Path) -> Mask:
@@ -55,19 +56,22 @@ def fit_mask(mask: NDArray[Any], frame: Frame, size: tuple[int, int]) -> Mask:
     """Bring a mask to what the model sees, as its image is, each pixel taken from the nearest.
 
     Args:
-        mask: (height, width), of integers.
+        mask: (height, width), of whole numbers.
         frame: How the image was fitted.
         size: (height, width) of the image.
 
     Raises:
-        ImageError: It has not the image's shape.
+        ImageError: It has not the image's shape, or fractions in it.
     """
     height, width = mask.shape if mask.ndim == 2 else (0, 0)
     if not height or not width or abs(height * size[1] / (width * size[0]) - 1) > _SHAPE:
         found = "×".join(map(str, mask.shape))
         raise ImageError(f"has {size[0]}×{size[1]} pixels, but its mask has {found}")
+    whole = np.rint(mask).astype(np.int32)
+    if not np.array_equal(whole, mask):
+        raise ImageError("has a mask with fractions; expected whole numbers, 0 where no object is")
     nearest = replace(frame, resample=Image.Resampling.NEAREST)
-    fitted, _ = nearest.apply(Image.fromarray(mask.astype(np.int32)))
+    fitted, _ = nearest.apply(Image.fromarray(whole), size)
     return np.asarray(fitted)
 
 

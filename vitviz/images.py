@@ -107,9 +107,17 @@ class Frame:
     resample: Image.Resampling
     crop_pct: float
 
-    def apply(self, image: Image.Image) -> tuple[Image.Image, Region]:
-        """Fit an RGB image; return what the model sees and where on the image that lies."""
-        rows, cols = self.resized((image.height, image.width))
+    def apply(
+        self, image: Image.Image, original: tuple[int, int] | None = None
+    ) -> tuple[Image.Image, Region]:
+        """Fit an image; return what the model sees and where on the image that lies.
+
+        Args:
+            image: In any mode that can be resized.
+            original: (height, width) of what it is a smaller copy or a mask of, which decides how
+                it is fitted; None: its own.
+        """
+        rows, cols = self.resized(original or (image.height, image.width))
         if self.fit is Fit.CROP:
             fitted, region = self._crop(image, rows, cols)
             return fitted, self._in_patches(region)
@@ -507,7 +515,7 @@ def _sample(
     picture: Image.Image,
     size: tuple[int, int],
 ) -> ImageSample:
-    fitted, region = frame.apply(image)
+    fitted, region = frame.apply(image, size)
     return ImageSample(
         source=source,
         digest=digest,
