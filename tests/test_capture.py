@@ -617,3 +617,16 @@ def test_wrong_count_names_the_model() -> None:
         pytest.raises(CaptureError, match=r"\bVisionTransformer\b"),
     ):
         capture.take(1)
+
+
+def test_first_thread_that_ends_leaves_a_model_as_the_other_needs_it() -> None:
+    model = PLAIN.build().train()
+    first, second = AttentionCapture(model), AttentionCapture(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    second.__exit__(None, None, None)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())

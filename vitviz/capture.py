@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,12 @@ __all__ = [
     "GivenAttention",
     "output_gradients",
     "own_attention",
+    "settled",
     "widened",
 ]
+
+_SETTLING = threading.Lock()
+_SETTLED: WeakKeyDictionary[nn.Module, tuple[int, ExitStack]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,13 +200,9 @@ class AttentionCapture:
 
     def __enter__(self) -> AttentionCapture:
         """Start recording."""
-        modules = list(self._module.modules())
         with ExitStack() as stack:
-            stack.enter_context(_switched(modules, "training", False))
-            stack.enter_context(_switched(modules, "fused_attn", True))
-            stack.enter_context(_switched(modules, "grad_checkpointing", False))
-            stack.enter_context(_switched(self._module.parameters(), "requires_grad", False))
-            for dropout in own_attention(modules):
+            stack.enter_context(settled(self._module))
+            for dropout in own_attention(self._module.modules()):
                 stack.callback(dropout.register_forward_hook(self._record_given).remove)
             for block in self._blocks:
                 stack.callback(block.register_forward_pre_hook(self._enter_block).remove)
@@ -334,6 +335,37 @@ class AttentionCapture:
         if first is not None and len(self._records) >= first and not output.requires_grad:
             output.requires_grad_(True)
         return output if output.requires_grad else None
+
+
+@contextmanager
+def settled(module: nn.Module) -> Iterator[None]:
+    """Keep a module as it is to be explained: evaluating, fused, without checkpoints, frozen.
+
+    The last of those who ask for it, in whatever thread, puts back what the first one found.
+    """
+    with _SETTLING:
+        users, back = _SETTLED.get(module) or (0, _settle(module))
+        _SETTLED[module] = (users + 1, back)
+    try:
+        yield
+    finally:
+        with _SETTLING:
+            users, back = _SETTLED.pop(module)
+            if users > 1:
+                _SETTLED[module] = (users - 1, back)
+            else:
+                back.close()
+
+
+def _settle(module: nn.Module) -> ExitStack:
+    """Switch a module over; return what switches it back."""
+    modules = list(module.modules())
+    with ExitStack() as stack:
+        stack.enter_context(_switched(modules, "training", False))
+        stack.enter_context(_switched(modules, "fused_attn", True))
+        stack.enter_context(_switched(modules, "grad_checkpointing", False))
+        stack.enter_context(_switched(module.parameters(), "requires_grad", False))
+        return stack.pop_all()
 
 
 def output_gradients(records: list[Attention], score: Tensor, *, last: bool) -> list[Tensor]:
