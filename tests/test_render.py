@@ -440,3 +440,11 @@ def test_all_colour_of_an_overlay_with_a_sign_is_heat(method: Method) -> None:
     coloured = np.ptp(shown, axis=-1).max()
     assert (coloured <= 1) == method.is_signed
     assert np.ptp(np.asarray(made.panel())[-64:, :64].astype(int), axis=-1).max() > 20  # the image
+
+
+def test_heat_with_a_sign_has_the_sign_of_its_cells() -> None:
+    """A rounder interpolation would overshoot, and show evidence against beside evidence for."""
+    relevance = np.zeros((6, 6), np.float32)
+    relevance[2:4, 2:4] = 1
+    assert place_heat(relevance, Region(), (96, 96), signed=True).min() == 0.5
+    assert place_heat(-relevance, Region(), (96, 96), signed=True).max() == 0.5

@@ -84,8 +84,10 @@ def place_heat(
     heat = np.full(size, np.nan, dtype=np.float32)
     seen = heat[region.pixels(size)]
     heat_of_cells = normalize(relevance, signed=signed)
-    grown = cv2.resize(heat_of_cells, (seen.shape[1], seen.shape[0]), interpolation=cv2.INTER_CUBIC)
-    np.clip(grown, 0, 1, out=seen)  # a cubic overshoots
+    # A cubic is rounder, but overshoots: beside what speaks for a class, into what speaks against.
+    interpolation = cv2.INTER_LINEAR if signed else cv2.INTER_CUBIC
+    grown = cv2.resize(heat_of_cells, (seen.shape[1], seen.shape[0]), interpolation=interpolation)
+    np.clip(grown, 0, 1, out=seen)
     return heat
 
 
