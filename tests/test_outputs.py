@@ -547,3 +547,17 @@ def test_machine_is_known_by_its_name_where_it_has_no_namespaces(
     outputs._place.cache_clear()
     assert outputs._place() == HERE
     assert len({*found.values(), HERE}) == 3
+
+
+def test_maker_of_a_large_array_is_read_without_the_array(tmp_path: Path) -> None:
+    content = encode(explanation(), Kind.NPY, MINE)
+    with io.BytesIO(content) as file:
+        np.load(file)
+        maker = content[file.tell() :]
+    path = tmp_path / "large.npy"
+    with path.open("wb") as file:
+        shape = {"descr": "<f4", "fortran_order": False, "shape": (1 << 14, 1 << 20)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        file.seek(1 << 36, os.SEEK_CUR)  # a hole: it takes no room
+        file.write(maker)
+    assert read_provenance(path) == MINE

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -49,7 +50,7 @@ __all__ = [
 _PNG_KEY = "vitviz"
 _PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every whole PNG
 _NAME_BYTES = 255
-_FILE_BYTES = 1 << 28  # no map is larger
+_PNG_BYTES = 1 << 28  # no picture is larger
 _PNG_START = 33  # signature and header, in bytes
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -139,9 +140,14 @@ def read_provenance(path: Path) -> Provenance | None:
     """Read what made a file; None when vitviz did not make it or it is damaged."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= _FILE_BYTES:
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
             return None
-        text = _npy_text(path) if path.suffix == ".npy" else _png_text(path)
+        if path.suffix == ".npy":
+            text = _npy_text(path)
+        elif status.st_size <= _PNG_BYTES:
+            text = _png_text(path)
+        else:
+            return None
         fields = json.loads(text)
         predictions = tuple(Prediction(**entry) for entry in fields.pop("predictions"))
         numbers = fields.pop("sanity", None)
@@ -348,6 +354,13 @@ def _png_text(path: Path) -> str:
 
 
 def _npy_text(path: Path) -> str:
+    """Read the second array; the first one, which may be large, is passed over."""
+    layout = np.lib.format
     with path.open("rb") as file:
-        np.load(file, allow_pickle=False)
+        read_header = {
+            (1, 0): layout.read_array_header_1_0,
+            (2, 0): layout.read_array_header_2_0,
+        }[layout.read_magic(file)]
+        shape, _, kind = read_header(file)
+        file.seek(math.prod(shape) * kind.itemsize, os.SEEK_CUR)
         return str(np.load(file, allow_pickle=False))
