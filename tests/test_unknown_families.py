@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fixtures_io import tiny_module
 from vitviz.errors import UnsupportedModelError
 from vitviz.layout import Readout
 from vitviz.models import load_model
@@ -547,3 +548,10 @@ class LosesAPatch(Plain):
 
 def test_model_whose_patch_tokens_fill_no_grid_is_refused() -> None:
     _assert_refused(_seeded(LosesAPatch), "makes 14 patch tokens of a 24×40 image, and no grid")
+
+
+def test_model_whose_patches_reach_beyond_the_image_is_refused() -> None:
+    module = tiny_module(img_size=70, dynamic_img_pad=True)
+    with pytest.raises(UnsupportedModelError, match="pads 70×70 images to 80×80.*for 64×64"):
+        load_model(module, device="cpu")
+    assert load_model(tiny_module(img_size=64, dynamic_img_pad=True), device="cpu")

@@ -217,11 +217,25 @@ def patch_grid(module: nn.Module, input_size: tuple[int, int], patches: int) -> 
     candidates.append((input_size[0] // rows, input_size[1] // cols))
     for grid in candidates:
         if len(grid) == 2 and math.prod(grid) == patches:
+            _expect_inside(module, grid, (rows, cols), input_size)
             return int(grid[0]), int(grid[1])
     raise UnsupportedModelError(
         f"{type(module).__name__} makes {patches} patch tokens of a "
         f"{input_size[0]}×{input_size[1]} image, and no grid that it names has that many"
     )
+
+
+def _expect_inside(
+    module: nn.Module, grid: tuple[int, ...], patch: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Make sure that no patch reaches beyond the image, as where a model pads it."""
+    needed = tuple(count * side for count, side in zip(grid, patch, strict=True))
+    if any(need > side for need, side in zip(needed, size, strict=True)):
+        whole = tuple(side // each * each for side, each in zip(size, patch, strict=True))
+        raise UnsupportedModelError(
+            f"{type(module).__name__} pads {size[0]}×{size[1]} images to {needed[0]}×{needed[1]}, "
+            f"so that patches lie beyond the image; build it for {whole[0]}×{whole[1]}, say"
+        )
 
 
 def block_names(module: nn.Module) -> list[str]:
