@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import oracles
@@ -113,3 +114,20 @@ def test_command_writes_sheet_and_numbers_and_nothing_else_to_stderr(tmp_path: P
     assert np.load(numbers).shape == (12, 3, 12, 12)
     with Image.open(sheet) as shown:
         assert shown.height > 3 * shown.width  # 12 blocks of 3 heads
+
+
+def test_query_of_an_image_that_is_moved_is_refused() -> None:
+    with pytest.raises(OptionError, match="--query names a patch.*use one of them"):
+        MethodOptions(method=Method.ATTENTION, query=(0, 0), refine=2)
+
+
+@pytest.mark.parametrize("method", [Method.ATTENTION, Method.EVIDENCE])
+def test_all_blocks_take_part(method: Method) -> None:
+    plain, started = (
+        explain_batch(
+            loaded(CASES[0]), CASES[0].images(), MethodOptions(method=method, start_layer=start)
+        )
+        for start in (None, 1)
+    )
+    assert torch.equal(plain.relevance, started.relevance)
+    assert torch.equal(plain.prefix_attention, started.prefix_attention)

@@ -133,7 +133,7 @@ class MethodOptions:
             ``rollout`` and ``grad-rollout`` only.
         start_layer: Blocks before this one are left out; blocks count from 0. None: none are;
             ``relevance`` that is not classic then averages what it gives from each block. Not for
-            ``evidence``.
+            ``evidence`` and ``attention``.
         head_fusion: Reduction over heads; ``rollout`` only.
         classes: Class requests as typed (an index, a label, ``top1``, ``top5``); for methods that
             explain a class.
@@ -172,11 +172,17 @@ class MethodOptions:
                 f"--refine is {self.refine}; give how many times finer than patches a map is, "
                 "from 1 up"
             )
+        if self.query is not None and self.refine > 1:
+            raise OptionError(
+                "--query names a patch of the image where it is, and --refine moves the image "
+                "under the patches; use one of them"
+            )
 
     @property
     def first_block(self) -> int:
-        """The first block that takes part."""
-        return self.start_layer or 0
+        """The first block that takes part; of evidence and raw attention, all do."""
+        all_take_part = self.method in (Method.EVIDENCE, Method.ATTENTION)
+        return 0 if all_take_part else self.start_layer or 0
 
     @property
     def averages_starts(self) -> bool:
