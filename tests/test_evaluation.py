@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -29,10 +30,10 @@ from fixtures_io import (
     tiny_model,
     tiny_module,
 )
-from vitviz import examination
+from vitviz import chart, examination, reporting
 from vitviz.demo import CLASSES as DEMO_CLASSES
 from vitviz.engine import BatchMaps, explain_batch
-from vitviz.errors import LabelError, OptionError
+from vitviz.errors import LabelError, OptionError, OutputError, UnsupportedModelError
 from vitviz.evaluation import CSV_HEADER, METRICS, Evaluation
 from vitviz.models import Model, load_model
 from vitviz.options import VARIANTS, EvaluationOptions, variant
@@ -541,6 +542,8 @@ def test_true_classes_come_from_a_file(shell: Shell, tiny: list[str]) -> None:
         (["--class", "mask"], "nothing to go by"),
         (["--convention", "rise"], "rise"),
         (["--bootstrap", "0"], "--bootstrap is 0"),
+        (["--class", "sky", "--class", "3"], "--class is given 2 times"),
+        (["--csv", "x", "--plot", "./x"], "--csv and --plot are both x"),
     ],
 )
 def test_mistakes_exit_2_and_say_what_is_wrong(
@@ -582,3 +585,83 @@ def test_interval_marks_are_those_of_the_differences() -> None:
             ]
             assert summary.better is all(beaten)
     assert found.standings[2].summaries["deletion"].better
+
+
+def test_native_shapes_go_with_masks_of_any_size(tmp_path: Path) -> None:
+    white = np.zeros((683, 1366, 3), dtype=np.uint8)
+    white[300:, 500:] = 255
+    Image.fromarray(white).save(tmp_path / "a.jpg", quality=95)
+    model = vitviz.load_model("demo", device="cpu", fit="native")
+    masks = [(white[::step, ::step, 0] > 0).astype(np.uint8) for step in (1, 2, 3)]
+    found = vitviz.evaluate(
+        model, [tmp_path / "a.jpg"] * 3, methods=["rollout"], masks=masks, fit="native"
+    )
+    assert not found.failed
+    scores = [each.cases[0].scores["rollout"]["energy"] for each in found.measurements]
+    assert scores == pytest.approx([scores[0]] * 3, abs=0.02)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Sigmoid(), torch.nn.Softmax(dim=-1)], ids=str)
+def test_model_that_gives_probabilities_is_refused_where_logits_are_needed(
+    layer: torch.nn.Module,
+) -> None:
+    module = tiny_module()
+    module.head = torch.nn.Sequential(module.head, layer)  # type: ignore[arg-type]
+    model = load_model(module, device="cpu")
+    assert vitviz.grad_rollout(model, pictures(1))[0].relevance.any()
+    for explain in (vitviz.relevance, vitviz.evidence, vitviz.evaluate):
+        with pytest.raises(UnsupportedModelError, match="gives probabilities"):
+            explain(model, pictures(1))
+
+
+def test_model_object_in_training_is_measured_as_in_evaluation() -> None:
+    module = tiny_module(proj_drop_rate=0.5)
+    expected = vitviz.evaluate(load_model(module, device="cpu"), pictures(2), methods=["rollout"])
+    model = load_model(module.train(), device="cpu")
+    found = vitviz.evaluate(model, pictures(2), methods=["rollout"])
+    assert mean(found, "rollout", "deletion") == mean(expected, "rollout", "deletion")
+    assert module.training
+
+
+def test_python_takes_a_list_of_images_and_classes_of_the_model() -> None:
+    for image in ("a.png", picture(SIZE, SIZE), np.asarray(picture(SIZE, SIZE))):
+        with pytest.raises(OptionError, match="list of images"):
+            vitviz.evaluate(tiny_model(), image)  # type: ignore[arg-type]
+    for index in (-1, len(LABELS)):
+        with pytest.raises(LabelError, match=f"is {index}, but.*from 0 to 6"):
+            vitviz.evaluate(tiny_model(), pictures(1), truth=[index])
+    found = vitviz.evaluate(
+        tiny_model(), pictures(1), truth=np.array([3]), target="truth", methods=["rollout"]
+    )
+    assert json.loads(json.dumps(found.to_dict()))["cases"][0]["truth"] == 3
+
+
+def test_path_with_dots_leads_to_no_mask_but_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(tmp_path, ["cat.png"])
+    for folder in ("masks", "here"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OptionError, match="no PNG of the name"):
+        vitviz.evaluate(tiny_model(), ["../cat.png"], masks="../masks")
+
+
+def test_files_are_saved_though_nothing_can_be_told(
+    shell: Shell, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(Path("p"), ["a.png"])
+
+    def full(*_: Any) -> None:
+        raise OutputError("no room")
+
+    monkeypatch.setattr(reporting.Reporter, "present", full)
+    done = shell("evaluate", "p", "--csv", "n.csv", "--plot", "c.png", *tiny)
+    assert done.code == 1
+    assert Path("n.csv").exists()
+    assert Path("c.png").exists()
+
+
+def test_many_methods_have_a_colour_each() -> None:
+    entries = [chart.Entry(name=str(number), numbers=()) for number in range(16)]
+    assert len(set(chart._colors(entries))) == 16

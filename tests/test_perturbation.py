@@ -20,6 +20,8 @@ from vitviz.perturbation import (
     Curves,
     Perturbation,
     Untouched,
+    _curves,
+    _removals,
     measure_curves,
     rank_parts,
     seen_size,
@@ -295,3 +297,29 @@ def test_conventions_sum_up_as_they_say() -> None:
     assert chefer.area(np.ones(10)) == pytest.approx(0.9)
     assert chefer.area(np.arange(10.0)) == pytest.approx(area_under(np.arange(10), chefer.shares))
     assert ours.area(np.full(9, 0.3)) == pytest.approx(0.3)
+
+
+def test_right_is_what_has_the_highest_logit_though_scores_saturate() -> None:
+    logits = torch.tensor([20.0, 30.0, -5.0]).expand(1, 2, 1, 3)
+    assert len(set(logits.sigmoid()[0, 0, 0].tolist())) == 2
+    nothing = torch.zeros(1, 3, 8, 20)
+    for target, right in ((0, 0), (1, 1), (2, 0)):
+        batch = Untouched(
+            images=nothing,
+            logits=logits[:, 0, 0],
+            classes=torch.tensor([1]),
+            targets=torch.tensor([target]),
+            ties=torch.zeros(1, *GRID),
+        )
+        (curves,) = _curves(logits.sigmoid(), logits, batch)
+        assert curves.accuracy.tolist() == [[right], [right]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "share", "count"), [(180, 0.7, 126), (100, 0.29, 29), (9, 0.5, 4)]
+)
+def test_share_of_parts_that_goes_is_the_one_that_is_meant(
+    parts: int, share: float, count: int
+) -> None:
+    removals = _removals(replace(PATCHES, shares=(share,)), parts).tolist()
+    assert removals == [[0, count], [parts - count, parts]]

@@ -27,7 +27,7 @@ from vitviz.options import (
     MethodOptions,
     PictureOptions,
 )
-from vitviz.pipeline import explain
+from vitviz.pipeline import explain, require_several
 
 __all__ = ["attention", "evaluate", "evidence", "grad_rollout", "relevance", "rollout"]
 
@@ -294,6 +294,7 @@ def _subjects(
     truth: Sequence[int] | None,
 ) -> list[Subject]:
     """Put together what is known about each image."""
+    require_several(images)
     given = list(images)
     if isinstance(masks, (str, os.PathLike)):
         found = subjects_of(map(_source, range(len(given)), given), masks=Path(masks))
@@ -312,7 +313,7 @@ def _subjects(
             subject,
             image=None if isinstance(image, (str, os.PathLike)) else image,
             mask=Path(mask) if isinstance(mask, (str, os.PathLike)) else mask,
-            truth=true_class,
+            truth=None if true_class is None else int(true_class),
         )
         for subject, image, mask, true_class in zip(found, given, of_each, classes, strict=True)
     ]
@@ -323,7 +324,8 @@ def _source(number: int, image: Any) -> Source:
     if not isinstance(image, (str, os.PathLike)):
         return Source(path=Path(f"image {number}"), key=f"image {number}")
     path = Path(image)
-    return Source(path=path, key=path.relative_to(path.anchor).as_posix())
+    whole = Path(os.path.abspath(path))  # noqa: PTH100 (".." is taken out, links stay)
+    return Source(path=path, key=whole.relative_to(whole.anchor).as_posix())
 
 
 def _words(classes: Classes) -> tuple[str, ...]:

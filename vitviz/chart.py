@@ -201,12 +201,14 @@ def _draw_legend(
 
 
 def _colors(entries: Sequence[Entry]) -> list[Color]:
-    """Give each entry a colour of its kind, in order."""
+    """Give each entry a colour of its kind, in order; those that come again come paler."""
     places = {True: 0, False: 0}
     colors = []
     for entry in entries:
         palette = _MUTED if entry.muted else _BRIGHT
-        colors.append(palette[places[entry.muted] % len(palette)])
+        turn, place = divmod(places[entry.muted], len(palette))
+        red, green, blue = (255 - (255 - level) // 2**turn for level in palette[place])
+        colors.append((red, green, blue))
         places[entry.muted] += 1
     return colors
 

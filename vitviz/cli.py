@@ -223,15 +223,15 @@ class EvaluationRun(SharedOptions):
             show_default=False,
         ),
     ] = ()  # type: ignore[assignment]  # a default must not be mutable
-    target: Annotated[
-        str,
+    targets: Annotated[
+        list[str],
         typer.Option(
             "--class",
             metavar="C",
             help="Which class maps explain: top1, an index, a label, truth, or mask for each that "
             "an image's mask names (its values are class indices + 1).",
         ),
-    ] = "top1"
+    ] = ("top1",)  # type: ignore[assignment]  # a default must not be mutable
     masks: Annotated[
         Path | None,
         typer.Option(
@@ -548,17 +548,22 @@ def _evaluate(run: EvaluationRun) -> NoReturn:
         kept = reporter.collect(interruption.between(measured), len(subjects))
         result = evaluation.summarize(model, options, kept)
         try:
-            reporter.present(result)
             exhibits.save(result, run.csv, run.plot)
+            reporter.present(result)
         except OutputError as error:  # it is measured: no reason to leave with 2
             _complain(str(error), code=1)
     raise typer.Exit(int(reporter.failed))
 
 
 def _evaluation_options(run: EvaluationRun) -> EvaluationOptions:
+    if len(run.targets) > 1:
+        raise OptionError(
+            f"--class is given {len(run.targets)} times; methods are measured on one class of each "
+            "image, or with --class mask on all that its mask names"
+        )
     return EvaluationOptions(
         methods=tuple(run.methods),
-        target=run.target,
+        target=run.targets[0],
         convention=run.convention,
         fit=run.fit,
         batch_size=_count(run.batch_size, "--batch-size"),

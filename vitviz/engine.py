@@ -11,8 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitviz.capture import Attention, AttentionCapture, output_gradients, own_attention
-from vitviz.errors import CaptureError, LabelError, OptionError
+from vitviz.capture import (
+    Attention,
+    AttentionCapture,
+    output_gradients,
+    own_attention,
+    settled,
+)
+from vitviz.errors import CaptureError, LabelError, OptionError, UnsupportedModelError
 from vitviz.labels import ClassRequest, parse_requests
 from vitviz.lanes import in_lanes
 from vitviz.layout import blocks_of, patch_grid
@@ -121,6 +127,7 @@ def explain_batch(
     Raises:
         CaptureError: The attention seen is not what the model's layout promises.
         OptionError: The options do not fit the model.
+        UnsupportedModelError: The model gives no logits, where these are needed.
         LabelError: A class request fits no class of the model.
         MemoryError: The device has too little memory for this batch.
     """
@@ -221,7 +228,7 @@ def predict_batch(
         with torch.inference_mode(False), torch.no_grad():
             return model.module(prepare(part)).float()  # type: ignore[no-any-return]
 
-    with _named_memory_errors():
+    with _named_memory_errors(), settled(model.module):
         return torch.cat(in_lanes(work, batch.to(model.device), tokens=model.layout.tokens)).cpu()
 
 
@@ -267,6 +274,7 @@ def _explain_part(
             seen = _Seen(records=records, tokens=capture.take_tokens(), grid=grid)
         logits = output.detach().float().cpu() if model.num_classes else torch.empty(len(images), 0)
         if about_classes:
+            _expect_logits(model, output)
             classes = classes if classes.shape[1] else _class_indices(logits, requests)
             scores = output.gather(1, classes.to(output.device)).sum(dim=0).unbind()
             explain = _CLASS_METHODS[options.method]
@@ -286,6 +294,14 @@ def _explain_part(
         outlier_tokens=outlier_tokens(seen.tokens[-1], model.layout.prefix_tokens),
         leverage=leverages,
     )
+
+
+def _expect_logits(model: Model, output: Tensor) -> None:
+    if not output.requires_grad:
+        raise UnsupportedModelError(
+            f"{model.name} gives probabilities, it seems, by a sigmoid or a softmax behind its "
+            "head, where logits are needed; leave that out, or use grad-rollout or --classic"
+        )
 
 
 def _class_indices(logits: Tensor, requests: Sequence[ClassRequest]) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitviz.annotations import find_mask, fit_mask, load_mask, true_class
 from vitviz.engine import class_requests, explain_batch, predict_batch
-from vitviz.errors import ImageError, OptionError, VitvizError
+from vitviz.errors import ImageError, LabelError, OptionError, VitvizError
 from vitviz.images import ImageSample, Source, load_sample, read_file, sample_of
 from vitviz.labels import parse_requests
 from vitviz.lanes import batch_size_for
@@ -206,6 +206,7 @@ def examine(
     Raises:
         VitvizError: The options do not fit the model; an image that fails is a measurement.
     """
+    _expect_classes(model, subjects)
     examiner, desk = _Examiner(model, options, warn), _Desk(model, subjects, options)
     locate = partial(_locate, model, PERTURBATIONS[options.convention])
     depth = 2 * examiner.batch_size
@@ -214,6 +215,16 @@ def examine(
         cases = map_ahead(pool, locate, examiner.examine(tasks), depth)
         for number, of_one in groupby(cases, key=lambda case: case[0]):
             yield _measurement(subjects[number].source, [case for _, case in of_one])
+
+
+def _expect_classes(model: Model, subjects: Iterable[Subject]) -> None:
+    """Make sure that true classes are some of the model's."""
+    for subject in subjects:
+        if subject.truth is not None and not 0 <= subject.truth < model.num_classes:
+            raise LabelError(
+                f"the true class of {subject.source.path} is {subject.truth}, but {model.name} has "
+                f"{model.num_classes} classes; give an index from 0 to {model.num_classes - 1}"
+            )
 
 
 def _suits(model: Model, name: str) -> bool:

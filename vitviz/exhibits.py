@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from vitviz.chart import Entry, Panel, draw_chart
+from vitviz.errors import OptionError
 from vitviz.evaluation import CSV_HEADER, Evaluation, Standing
+from vitviz.images import identity
 from vitviz.outputs import Provenance, encode_picture, read_provenance, require_own, write_own
 from vitviz.perturbation import PERTURBATIONS
 
@@ -22,7 +24,10 @@ def require_places(table: Path | None, plot: Path | None) -> None:
 
     Raises:
         OutputError: Something is.
+        OptionError: One file is asked for as both.
     """
+    if table is not None and plot is not None and identity(table) == identity(plot):
+        raise OptionError(f"--csv and --plot are both {table}; give each a file of its own")
     for path, is_own in ((table, _is_table), (plot, _is_plot)):
         if path is not None:
             require_own(path, is_own)

@@ -200,7 +200,7 @@ def measure_curves(
     if perturbation.shares[0] == 0:
         logits = torch.cat([batch.logits[:, None, None].expand(-1, 2, 1, -1), logits], dim=2)
     scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=-1)
-    return _curves(scores, batch)
+    return _curves(scores, logits, batch)
 
 
 def _parts(relevance: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -213,7 +213,8 @@ def _parts(relevance: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def _removals(perturbation: Perturbation, parts: int) -> Tensor:
     """Return the places (removals, 2), first to last, that go: most relevant first, then least."""
-    counts = [int(parts * share) for share in perturbation.shares if share > 0]
+    # Rounded first: 0.7 · 180 is 125.999… in floating point, and means 126.
+    counts = [int(round(parts * share, 6)) for share in perturbation.shares if share > 0]
     most, least = [(0, count) for count in counts], [(parts - count, parts) for count in counts]
     return torch.tensor(most + least)
 
@@ -226,11 +227,11 @@ def _filled(images: Tensor, removed: Tensor, size: tuple[int, int], fill: Tensor
     return torch.where(mask, fill, images)
 
 
-def _curves(scores: Tensor, batch: Untouched) -> list[Curves]:
-    """Read curves off scores (images, orders, shares, classes)."""
+def _curves(scores: Tensor, logits: Tensor, batch: Untouched) -> list[Curves]:
+    """Read curves off scores and logits (images, orders, shares, classes)."""
     explained = batch.classes.view(-1, 1, 1, 1).expand(*scores.shape[:3], 1)
     probability = scores.gather(3, explained)[..., 0].numpy()
-    accuracy = (scores.argmax(dim=3) == batch.targets.view(-1, 1, 1)).float().numpy()
+    accuracy = (logits.argmax(dim=3) == batch.targets.view(-1, 1, 1)).float().numpy()
     return [
         Curves(probability=each, accuracy=right)
         for each, right in zip(probability, accuracy, strict=True)

@@ -32,7 +32,7 @@ from vitviz.outputs import sweep
 from vitviz.render import contrast
 from vitviz.streaming import Portions, group, in_order, map_ahead, stop_with, worker_threads
 
-__all__ = ["explain", "frame_of", "run", "to_tensor"]
+__all__ = ["explain", "frame_of", "require_several", "run", "to_tensor"]
 
 _TOP = 5
 _PENDING_BATCHES = 4  # how many batches an image may wait for others of its shape
@@ -98,8 +98,7 @@ def explain(
         ImageError: An image cannot be read or explained.
         VitvizError: The options do not fit the model.
     """
-    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) == 3:
-        raise OptionError("expected a list of images, and got one; write [image]")
+    require_several(images)
     pictures = pictures or PictureOptions()
     job = Job(method=method, pictures=pictures, fit=fit, batch_size=batch_size)
     class_requests(model, method)
@@ -123,6 +122,16 @@ def explain(
                 raise ImageError(f"{item.source.path} {item.error}")
             explanations += item.maps
     return explanations
+
+
+def require_several(images: object) -> None:
+    """Make sure that these are images, and not one.
+
+    Raises:
+        OptionError: It is one.
+    """
+    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) in (2, 3):
+        raise OptionError("expected a list of images, and got one; write [image]")
 
 
 def frame_of(model: Model, fit: Fit) -> Frame:
