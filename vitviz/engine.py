@@ -163,19 +163,13 @@ def _captured(model: Model, options: MethodOptions) -> Iterator[AttentionCapture
         yield capture
 
 
-def _is_linearized(options: MethodOptions) -> bool:
-    """Tell whether a method takes the gradients of the linearised network."""
-    if options.method is Method.RELEVANCE:
-        return not options.classic
-    return options.method is Method.EVIDENCE
-
-
 def _way_back(options: MethodOptions) -> AbstractContextManager[object]:
     """Return what changes the gradients of a method in the thread that enters it."""
-    if not _is_linearized(options):
-        return nullcontext()
-    is_evidence = options.method is Method.EVIDENCE
-    return LinearizedBackward(options.rule if is_evidence else AttentionRule.VALUE)
+    if options.method is Method.EVIDENCE:
+        return LinearizedBackward(options.rule)
+    if options.method is Method.RELEVANCE and not options.classic:
+        return LinearizedBackward(AttentionRule.VALUE)
+    return nullcontext()
 
 
 def _in_parts(

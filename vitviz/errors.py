@@ -18,6 +18,7 @@ __all__ = [
     "VitvizError",
     "WeightsError",
     "printable",
+    "reason",
 ]
 
 
@@ -63,6 +64,11 @@ class ImageError(VitvizError):
 
 class OutputError(VitvizError):
     """A result cannot be written where it belongs."""
+
+
+def reason(error: VitvizError | MemoryError) -> str:
+    """Say in words why an image failed."""
+    return str(error) if isinstance(error, VitvizError) else "needs more memory than there is"
 
 
 def printable(text: str) -> str:

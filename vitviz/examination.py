@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitviz.annotations import find_mask, fit_mask, load_mask, true_class
 from vitviz.engine import class_requests, explain_batch, predict_batch
-from vitviz.errors import ImageError, LabelError, OptionError, VitvizError
+from vitviz.errors import ImageError, LabelError, OptionError, VitvizError, reason
 from vitviz.images import ImageSample, Source, load_sample, read_file, sample_of
 from vitviz.labels import parse_requests
 from vitviz.lanes import batch_size_for
@@ -41,7 +41,7 @@ from vitviz.perturbation import (
     upsample,
 )
 from vitviz.pipeline import frame_of, to_tensor
-from vitviz.streaming import Portions, group, in_order, map_ahead, worker_threads
+from vitviz.streaming import Portions, in_batches, map_ahead, worker_threads
 
 __all__ = [
     "BASELINES",
@@ -61,8 +61,6 @@ _Made = TypeVar("_Made")
 
 CENTRE_SIGMA = 0.25
 """Of the centre's Gaussian, as a share of each side of the grid."""
-
-_PENDING_BATCHES = 4  # how many batches a task may wait for others of its shape
 
 
 def _random(grid: Grid, generator: np.random.Generator) -> Floats:
@@ -309,7 +307,7 @@ class _Desk:
                 for class_index, asked in choices
             ]
         except (ImageError, MemoryError) as error:
-            return [_Failure(number=number, error=_reason(error))]
+            return [_Failure(number=number, error=reason(error))]
 
     def _load(self, subject: Subject) -> ImageSample:
         if subject.image is None:
@@ -365,16 +363,8 @@ class _Examiner:
 
     def examine(self, tasks: Iterable[_Task | _Failure]) -> Iterator[_Finding | _Failure]:
         """Examine tasks in batches; pass failures through; keep the order."""
-
-        def numbered() -> Iterator[tuple[int, _Finding | _Failure]]:
-            size = self.batch_size
-            for numbers, batch in group(tasks, _shape, size, patience=_PENDING_BATCHES * size):
-                failures = [item for item in batch if isinstance(item, _Failure)]
-                ready = [item for item in batch if isinstance(item, _Task)]
-                found = self._portions.work(ready, self._examine_at_once, _too_large)
-                yield from zip(numbers, failures or found, strict=True)
-
-        return in_order(numbered())
+        work = partial(self._portions.work, function=self._examine_at_once, fail=_too_large)
+        return in_batches(tasks, _shape, self.batch_size, work)
 
     def _examine_at_once(self, tasks: list[_Task]) -> list[_Finding | _Failure]:
         batch = self._untouched(tasks)
@@ -451,8 +441,9 @@ class _Examiner:
         for name in self._names:
             sound = maps[name][row].isfinite().all() and curves[name][row].finite
             if not sound:
-                reason = f"gives numbers that are not finite with {name}"
-                return _Failure(number=task.number, error=reason)
+                return _Failure(
+                    number=task.number, error=f"gives numbers that are not finite with {name}"
+                )
         return _Finding(
             task=task,
             class_index=int(batch.classes[row]),
@@ -566,17 +557,13 @@ def _grid(model: Model, sample: ImageSample) -> Grid:
     return height // patch[0], width // patch[1]
 
 
-def _shape(item: _Task | _Failure) -> tuple[int, ...] | None:
+def _shape(item: object) -> tuple[int, ...] | None:
     """Return what tasks of one batch have in common; None for what is not to be run."""
     return item.sample.pixels.shape if isinstance(item, _Task) else None
 
 
 def _too_large(task: _Task, error: MemoryError) -> _Failure:
-    return _Failure(number=task.number, error=_reason(error))
-
-
-def _reason(error: VitvizError | MemoryError) -> str:
-    return str(error) if isinstance(error, VitvizError) else "needs more memory than there is"
+    return _Failure(number=task.number, error=reason(error))
 
 
 def _timed(work: Callable[[], _Made]) -> tuple[_Made, float]:

@@ -14,7 +14,7 @@ from vitviz.images import identity
 from vitviz.outputs import Provenance, encode_picture, read_provenance, require_own, write_own
 from vitviz.perturbation import PERTURBATIONS
 
-__all__ = ["draw_curves", "require_places", "save", "save_plot", "save_table"]
+__all__ = ["draw_curves", "require_places", "save"]
 
 _COMMAND = "evaluate"
 
@@ -34,41 +34,24 @@ def require_places(table: Path | None, plot: Path | None) -> None:
 
 
 def save(evaluation: Evaluation, table: Path | None, plot: Path | None) -> None:
-    """Write the files that are asked for, if there is anything to write.
+    """Write the files that are asked for, whole or not at all, if there is anything to write.
+
+    The table has the numbers of each map as CSV, the plot the curves as PNG. Only a file whose
+    first line is that of such a table, or such a plot, is replaced.
 
     Raises:
         OutputError: Another file is in the way, or a place cannot be written to.
     """
     if table is not None and evaluation.images:
-        save_table(evaluation, table)
+        write_own(table, os.fsencode(evaluation.to_csv()), _is_table)
     if plot is not None and evaluation.images:
-        save_plot(evaluation, plot)
-
-
-def save_table(evaluation: Evaluation, path: Path) -> None:
-    """Write the numbers of each map as CSV, whole or not at all.
-
-    Only a file whose first line is that of such a table is replaced.
-
-    Raises:
-        OutputError: Another file is in the way, or the place cannot be written to.
-    """
-    write_own(path, os.fsencode(evaluation.to_csv()), _is_table)
-
-
-def save_plot(evaluation: Evaluation, path: Path) -> None:
-    """Write the curves as PNG, whole or not at all; only such a plot is replaced.
-
-    Raises:
-        OutputError: Another file is in the way, or the place cannot be written to.
-    """
-    made_of = Provenance(
-        recipe={"command": _COMMAND, "convention": evaluation.convention.value},
-        source=f"{evaluation.images} images",
-        source_id=_COMMAND,
-        versions=evaluation.settings["versions"],
-    )
-    write_own(path, encode_picture(draw_curves(evaluation), made_of), _is_plot)
+        made_of = Provenance(
+            recipe={"command": _COMMAND, "convention": evaluation.convention.value},
+            source=f"{evaluation.images} images",
+            source_id=_COMMAND,
+            versions=evaluation.settings["versions"],
+        )
+        write_own(plot, encode_picture(draw_curves(evaluation), made_of), _is_plot)
 
 
 def draw_curves(evaluation: Evaluation) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -18,7 +18,7 @@ import torch
 
 import vitviz
 from vitviz.engine import class_requests
-from vitviz.errors import OutputError, SourceError, VitvizError
+from vitviz.errors import OutputError, SourceError, VitvizError, reason
 from vitviz.explanation import Explanation, Prediction, Sanity
 from vitviz.images import ImageFile, ImageSample, Source
 from vitviz.models import Model
@@ -215,8 +215,7 @@ def _file_at(path: Path) -> tuple[int, int] | None:
 
 def failure(source: Source, error: VitvizError | MemoryError) -> Result:
     """Return the result of an image that failed."""
-    text = str(error) if isinstance(error, VitvizError) else "needs more memory than there is"
-    return Result(source=source, status="failed", error=text)
+    return Result(source=source, status="failed", error=reason(error))
 
 
 def _output(path: Path, kind: Kind, provenance: Provenance) -> Output:

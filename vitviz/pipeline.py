@@ -30,12 +30,11 @@ from vitviz.models import Model
 from vitviz.options import Fit, Job, MethodOptions, PictureOptions
 from vitviz.outputs import sweep
 from vitviz.render import contrast
-from vitviz.streaming import Portions, group, in_order, map_ahead, stop_with, worker_threads
+from vitviz.streaming import Portions, in_batches, map_ahead, stop_with, worker_threads
 
 __all__ = ["explain", "frame_of", "require_several", "run", "to_tensor"]
 
 _TOP = 5
-_PENDING_BATCHES = 4  # how many batches an image may wait for others of its shape
 
 
 def run(
@@ -210,18 +209,11 @@ def _explained(
     """Run the model over the samples in batches; pass the rest through; keep the order."""
     size = _batch_size(job, model)
     runner = _Runner(model, job, size, warn)
-
-    def numbered() -> Iterator[tuple[int, _Explained | Result]]:
-        for numbers, batch in group(items, _shape, size, patience=_PENDING_BATCHES * size):
-            samples = [item for item in batch if isinstance(item, ImageSample)]
-            results = [item for item in batch if isinstance(item, Result)]
-            yield from zip(numbers, results or runner.explain(samples), strict=True)
-        runner.tell_doubts()
-
-    return in_order(numbered())
+    yield from in_batches(items, _shape, size, runner.explain)
+    runner.tell_doubts()
 
 
-def _shape(item: ImageSample | Result) -> tuple[int, ...] | None:
+def _shape(item: object) -> tuple[int, ...] | None:
     """Return what images of one batch have in common; None for what is not to be run."""
     return item.pixels.shape if isinstance(item, ImageSample) else None
 

@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["Portions", "group", "in_order", "map_ahead", "stop_with", "worker_threads"]
+__all__ = ["Portions", "in_batches", "map_ahead", "stop_with", "worker_threads"]
 
 _Before = TypeVar("_Before")
 _After = TypeVar("_After")
+
+_PATIENCE = 4  # how many batches an item may wait for others of its key
 
 
 @contextmanager
@@ -78,13 +80,35 @@ def stop_with(
     yield from stream
 
 
-def group(
+def in_batches(
+    items: Iterable[_Before | _After],
+    key: Callable[[_Before | _After], Hashable | None],
+    size: int,
+    work: Callable[[list[Any]], Iterable[_After]],
+) -> Iterator[_After]:
+    """Work on items in batches of one key, and yield what becomes of them in their order.
+
+    Args:
+        items: What comes.
+        key: What the items of a batch have in common; an item whose key is None passes as it is.
+        size: Items in a full batch.
+        work: Makes something of each item of a batch.
+    """
+
+    def numbered() -> Iterator[tuple[int, Any]]:
+        for kind, numbers, batch in _group(items, key, size, patience=_PATIENCE * size):
+            yield from zip(numbers, batch if kind is None else work(batch), strict=True)
+
+    return _in_order(numbered())
+
+
+def _group(
     items: Iterable[_Before],
     key: Callable[[_Before], Hashable | None],
     size: int,
     *,
     patience: int,
-) -> Iterator[tuple[list[int], list[_Before]]]:
+) -> Iterator[tuple[Hashable | None, list[int], list[_Before]]]:
     """Group items of one key in batches, each item with its number.
 
     Args:
@@ -94,26 +118,27 @@ def group(
         patience: After how many further items a batch goes that is not full.
 
     Yields:
-        The numbers, which run from 0, and the items of a batch.
+        The key, the numbers, which run from 0, and the items of a batch.
     """
     waiting: dict[Hashable, tuple[list[int], list[_Before]]] = {}
     for number, item in enumerate(items):
         kind = key(item)
         if kind is None:
-            yield [number], [item]
+            yield None, [number], [item]
             continue
         numbers, batch = waiting.setdefault(kind, ([], []))
         numbers.append(number)
         batch.append(item)
         if len(batch) == size:
-            yield waiting.pop(kind)
+            yield kind, *waiting.pop(kind)
         for oldest, (numbers, _) in list(waiting.items())[:1]:  # the one that has waited longest
             if number - numbers[0] >= patience:
-                yield waiting.pop(oldest)
-    yield from waiting.values()
+                yield oldest, *waiting.pop(oldest)
+    for kind, (numbers, batch) in waiting.items():
+        yield kind, numbers, batch
 
 
-def in_order(numbered: Iterable[tuple[int, _After]]) -> Iterator[_After]:
+def _in_order(numbered: Iterable[tuple[int, _After]]) -> Iterator[_After]:
     """Yield items by their numbers, which run from 0."""
     early: dict[int, _After] = {}
     following = 0
