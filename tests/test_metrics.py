@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vitviz.metrics import (
+    Bootstrap,
+    Interval,
     area_under,
     average_precision,
     best_miou,
@@ -234,3 +236,20 @@ def test_seed_decides_the_interval(seed: int) -> None:
     )
     assert first == again
     assert (first.low, first.high) != (other.low, other.high)
+
+
+def test_interval_is_the_middle_95_per_cent_of_the_replicates() -> None:
+    drawn = Bootstrap(means=np.array([3.0]), replicates=np.arange(1001.0)[None])
+    assert drawn.interval((0,)) == Interval(mean=3, low=pytest.approx(25), high=pytest.approx(975))
+
+
+def test_each_resample_draws_as_many_images_as_there_are() -> None:
+    means = bootstrap([[0.0], [1.0]], [0, 1], resamples=2000).replicates[0]
+    counts = [np.count_nonzero(means == value) for value in (0, 0.5, 1)]
+    assert sum(counts) == 2000
+    assert counts == pytest.approx([500, 1000, 500], rel=0.15)
+
+
+def test_object_that_fills_the_image_is_found_in_full() -> None:
+    everywhere = np.ones((3, 4), bool)
+    assert best_miou(np.arange(12.0).reshape(3, 4), everywhere) == 1

@@ -19,7 +19,7 @@ from vitviz.images import find_sources
 from vitviz.models import load_model
 from vitviz.options import Job, Method, MethodOptions
 from vitviz.pipeline import run
-from vitviz.sanity import leverage, outlier_tokens
+from vitviz.sanity import leverage, outlier_tokens, prefix_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SOUND: dict[str, Any] = {
@@ -122,3 +122,19 @@ def test_numbers_are_those_of_the_image_as_it_is() -> None:
     assert fine is not None
     assert fine.prefix_attention == pytest.approx(coarse.prefix_attention)
     assert fine.leverage == pytest.approx(coarse.leverage)
+
+
+def test_of_many_tokens_that_are_read_every_so_many_is_asked() -> None:
+    class Record:
+        asked: slice
+
+        def probabilities(self, images: slice, queries: slice) -> torch.Tensor:
+            self.asked = queries
+            return torch.eye(100)[queries].expand(1, 2, -1, -1)
+
+    record = Record()
+    readout = torch.ones(100)
+    readout[:3] = 0
+    share = prefix_attention([record], readout, 10).item()  # type: ignore[list-item]
+    assert share == pytest.approx(1 / 14)
+    assert list(range(100))[record.asked] == list(range(3, 100, 7))
