@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import signal
 import subprocess
 import sys
+import termios
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,13 +34,7 @@ def on_a_terminal(*arguments: str) -> str:
     )
     os.close(theirs)
     sent = b""
-    while True:
-        try:
-            piece = os.read(ours, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
+    while piece := read(ours):
         sent += piece
     os.close(ours)
     assert process.wait() == 0
@@ -80,3 +78,61 @@ def test_reader_that_leaves_is_no_full_disk(tmp_path: Path) -> None:
         with pytest.raises(BrokenPipeError):
             Reporter(quiet=True, as_json=True).show([result], 1, {})
         discard(stdout)
+
+
+@pytest.mark.parametrize(
+    ("wait_for", "words"),
+    [
+        (b"rollout.png", ["rollout", str(SCENES), "--batch-size", "1", "-o", "out"]),
+        (b"explaining", ["evaluate", str(SCENES), "--batch-size", "1"]),
+        (b"Using cpu", ["evaluate", str(SCENES)]),
+    ],
+    ids=["maps", "measuring", "loading"],
+)
+def test_one_interruption_at_a_terminal_ends_a_loop_of_the_shell(
+    tmp_path: Path, wait_for: bytes, words: list[str]
+) -> None:
+    """A shell goes on with its loop unless the command dies of the signal."""
+    ours, theirs = pty.openpty()
+    loop = 'for turn in 1 2 3; do echo "turn $turn"; "$@"; done; echo "after all"'
+    command = [sys.executable, "-m", "vitviz", *words, "-m", "demo", "--device", "cpu"]
+    shell = subprocess.Popen(
+        ["bash", "-c", loop, "-", *command],
+        cwd=tmp_path,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "PYTHONPATH": str(SCENES.parents[1]), "TERM": "xterm"},
+        preexec_fn=own_terminal(theirs),
+    )
+    os.close(theirs)
+    sent, pressed = b"", False
+    while piece := read(ours):
+        sent += piece
+        if wait_for in sent and not pressed:
+            os.write(ours, b"\x03")  # Ctrl-C
+            pressed = True
+    os.close(ours)
+    assert shell.wait() in (130, -signal.SIGINT)
+    assert sent.count(b"turn ") == 1, sent
+    assert b"after all" not in sent
+    assert b"Traceback" not in sent
+    assert not list(tmp_path.rglob(".*"))
+
+
+def own_terminal(descriptor: int) -> Callable[[], None]:
+    """Make a terminal the one that a new session is controlled by."""
+
+    def take() -> None:
+        os.setsid()
+        fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+
+    return take
+
+
+def read(descriptor: int) -> bytes:
+    """Read from a terminal; nothing when its other end is closed."""
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:
+        return b""

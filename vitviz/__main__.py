@@ -8,6 +8,8 @@ from typing import NoReturn
 
 __all__ = ["main"]
 
+_INTERRUPTED = 128 + signal.SIGINT
+
 
 def main() -> NoReturn:
     """Run the command line; an interruption while it loads or leaves ends it without a word.
@@ -30,15 +32,24 @@ def _leave(left: SystemExit) -> NoReturn:
     That takes a second and more, and the bindings of Triton, which torch brings for GPUs, complain
     at length of objects that the garbage collector was told to leave alone.
     """
-    if "torch" in sys.modules and isinstance(left.code, int):
+    if isinstance(left.code, int) and ("torch" in sys.modules or left.code == _INTERRUPTED):
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # closed before we came
                 stream.flush()
+        if left.code == _INTERRUPTED:
+            _leave_at_once(signal.SIGINT, None)
         os._exit(left.code)
     raise left
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Leave with a signal's exit code; after Ctrl-C at a terminal by the signal itself.
+
+    A shell would go on with its loop if a command that was interrupted ended in any other way.
+    """
+    if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
     os._exit(128 + number)
 
 
