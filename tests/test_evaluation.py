@@ -35,6 +35,7 @@ from vitviz.demo import CLASSES as DEMO_CLASSES
 from vitviz.engine import BatchMaps, explain_batch
 from vitviz.errors import LabelError, OptionError, OutputError, UnsupportedModelError
 from vitviz.evaluation import CSV_HEADER, METRICS, Evaluation
+from vitviz.images import Source
 from vitviz.models import Model, load_model
 from vitviz.options import VARIANTS, EvaluationOptions, variant
 from vitviz.outputs import read_provenance
@@ -443,12 +444,12 @@ def test_plot_is_a_picture_that_vitviz_knows_as_its_own(shell: Shell, tiny: list
 @pytest.mark.parametrize("option", ["--csv", "--plot"])
 def test_file_of_others_is_never_overwritten(shell: Shell, tiny: list[str], option: str) -> None:
     save_pictures(Path("p"), ["a.png"])
-    mine = Path("mine")
+    mine = Path("mine.png")
     mine.write_text("source,notes\na,b\n", encoding="utf-8")
-    done = shell("evaluate", "p", option, "mine", *tiny)
+    done = shell("evaluate", "p", option, "mine.png", *tiny)
     assert done.code == 2
     assert done.out == b""
-    assert "mine is in the way" in done.err
+    assert "mine.png is in the way" in done.err
     assert mine.read_text(encoding="utf-8") == "source,notes\na,b\n"
 
 
@@ -543,7 +544,8 @@ def test_true_classes_come_from_a_file(shell: Shell, tiny: list[str]) -> None:
         (["--convention", "rise"], "rise"),
         (["--bootstrap", "0"], "--bootstrap is 0"),
         (["--class", "sky", "--class", "3"], "--class is given 2 times"),
-        (["--csv", "x", "--plot", "./x"], "--csv and --plot are both x"),
+        (["--csv", "x.png", "--plot", "./x.png"], "--csv and --plot are both x.png"),
+        (["--plot", "x.jpg"], "--plot is x.jpg, but a plot is a PNG"),
     ],
 )
 def test_mistakes_exit_2_and_say_what_is_wrong(
@@ -665,3 +667,46 @@ def test_files_are_saved_though_nothing_can_be_told(
 def test_many_methods_have_a_colour_each() -> None:
     entries = [chart.Entry(name=str(number), numbers=()) for number in range(16)]
     assert len(set(chart._colors(entries))) == 16
+
+
+def test_what_was_measured_before_an_interruption_is_told(
+    shell: Shell, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
+    plain = shell("evaluate", "p/a.png", "--json", *tiny).records[0]
+    runs = []
+
+    def explain(model: Model, images: Tensor, *others: Any, **more: Any) -> BatchMaps:
+        runs.append(len(images))
+        if len(runs) > 4:  # two methods, each twice
+            raise SystemExit(130)
+        return explain_batch(model, images, *others, **more)
+
+    monkeypatch.setattr(examination, "explain_batch", explain)
+    words = ["--batch-size", "1", "--csv", "n.csv", "--json"]
+    done = shell("evaluate", "p", *words, *tiny)
+    assert done.code == 130
+    (document,) = done.records
+    assert document["images"] == 1
+    assert [each["source"] for each in document["cases"]] == ["p/a.png"]
+    for method, scores in plain["cases"][0]["scores"].items():
+        assert document["cases"][0]["scores"][method] == pytest.approx(scores, abs=1e-4)
+    assert "1 measured, 0 failed, 2 not done" in done.err
+    assert len(Path("n.csv").read_text(encoding="utf-8").splitlines()) == 1 + 4
+
+
+def test_progress_is_told_in_parts_of_images_and_comes_to_all_of_them() -> None:
+    parts: list[float] = []
+    masks = corner_masks(3)
+    masks[1][0, 0], masks[1][0, 1] = 3, 4  # of several classes
+    subjects = [
+        examination.Subject(source=Source(path=Path(str(number)), key=str(number)), **each)
+        for number, each in enumerate(
+            {"image": image, "mask": mask} for image, mask in zip(pictures(3), masks, strict=True)
+        )
+    ]
+    options = EvaluationOptions(methods=("rollout", "evidence"), target="mask", batch_size=2)
+    found = list(examination.examine(tiny_model(), subjects, options, advance=parts.append))
+    assert [len(each.cases) for each in found] == [1, 3, 1]
+    assert sum(parts) == pytest.approx(3)
+    assert max(parts) < 0.3

@@ -43,6 +43,8 @@ from vitviz.options import (
 from vitviz.streaming import stop_with
 
 if TYPE_CHECKING:  # these rooms load torch
+    from vitviz.evaluation import Evaluation
+    from vitviz.examination import Measurement
     from vitviz.images import Source
     from vitviz.models import Model
     from vitviz.reporting import Reporter
@@ -214,6 +216,12 @@ class RunOptions(SharedOptions):
 class EvaluationRun(SharedOptions):
     """The options of ``evaluate``."""
 
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
+    ] = False
+    nul: Annotated[bool, typer.Option("-0", "--null", help="NUL instead of newlines on stdin.")] = (
+        False
+    )
     methods: Annotated[
         list[str],
         typer.Option(
@@ -544,15 +552,27 @@ def _evaluate(run: EvaluationRun) -> NoReturn:
     subjects = examination.subjects_of(found.sources, masks=run.masks, truth=truth)
     with _until_reader_leaves(), _Interruption() as interruption:
         warn = partial(reporter.say, style="yellow")
-        measured = examination.examine(model, subjects, options, warn=warn)
-        kept = reporter.collect(interruption.between(measured), len(subjects))
-        result = evaluation.summarize(model, options, kept)
+        measured = examination.examine(
+            model, subjects, options, warn=warn, advance=reporter.advance
+        )
+        kept: list[Measurement] = []
         try:
-            exhibits.save(result, run.csv, run.plot)
-            reporter.present(result)
-        except OutputError as error:  # it is measured: no reason to leave with 2
-            _complain(str(error), code=1)
+            reporter.collect(interruption.between(measured), len(subjects), kept)
+        finally:  # what was measured before an interruption is told, too
+            if len(kept) == len(subjects) or any(each.cases for each in kept):
+                result = evaluation.summarize(model, options, kept)
+                _tell(reporter, result, run)
     raise typer.Exit(int(reporter.failed))
+
+
+def _tell(reporter: Reporter, result: Evaluation, run: EvaluationRun) -> None:
+    from vitviz import exhibits
+
+    try:
+        exhibits.save(result, run.csv, run.plot)
+        reporter.present(result)
+    except OutputError as error:  # it is measured: no reason to leave with 2
+        _complain(str(error), code=1)
 
 
 def _evaluation_options(run: EvaluationRun) -> EvaluationOptions:
@@ -744,7 +764,11 @@ class _Interruption:
         now = time.monotonic()
         if self._came is not None:
             if now - self._came > _ECHO:
-                os._exit(128 + number)
+                before = self._before[
+                    signal.Signals(number)
+                ]  # the program's own, which leaves at once
+                if callable(before):
+                    before(number, frame)
             return
         self._came = now
         if not self._telling:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -192,6 +192,7 @@ def examine(
     options: EvaluationOptions,
     *,
     warn: Callable[[str], None] = warnings.warn,
+    advance: Callable[[float], None] = lambda images: None,
 ) -> Generator[Measurement, None, None]:
     """Measure methods on images, yielding one measurement an image in the order given.
 
@@ -200,19 +201,23 @@ def examine(
         subjects: The images. When one has a true class, all must.
         options: What to measure, and how.
         warn: Is told what the user should know while the work goes on.
+        advance: Is told how much was done since, in images, and in parts of them.
 
     Raises:
         VitvizError: The options do not fit the model; an image that fails is a measurement.
     """
     _expect_classes(model, subjects)
-    examiner, desk = _Examiner(model, options, warn), _Desk(model, subjects, options)
+    examiner, desk = _Examiner(model, options, warn, advance), _Desk(model, subjects, options)
     locate = partial(_locate, model, PERTURBATIONS[options.convention])
     depth = 2 * examiner.batch_size
     with worker_threads(options.workers) as pool:
         tasks = chain.from_iterable(map_ahead(pool, desk.prepare, enumerate(subjects), depth))
-        cases = map_ahead(pool, locate, examiner.examine(tasks), depth)
-        for number, of_one in groupby(cases, key=lambda case: case[0]):
-            yield _measurement(subjects[number].source, [case for _, case in of_one])
+        cases: list[Case | str] = []
+        for item, case in map_ahead(pool, locate, examiner.examine(tasks), depth, drain=True):
+            cases.append(case)
+            if item.is_last:
+                yield _measurement(subjects[item.number].source, cases)
+                cases = []
 
 
 def _expect_classes(model: Model, subjects: Iterable[Subject]) -> None:
@@ -240,19 +245,23 @@ class _Task:
 
     Attributes:
         number: Of the image.
+        is_last: Whether it is the last one of its image.
         sample: Its pixels.
         class_index: The class that maps explain; None for the one that is predicted.
         truth: The image's true class.
         asked: (height, width) of the part that tokens see, true on what maps should show.
         objects: The same, true on all objects, where there are others than the one asked for.
+        share: Part of the image's work that it is.
     """
 
     number: int
+    is_last: bool
     sample: ImageSample
     class_index: int | None
     truth: int | None
     asked: Mask | None
     objects: Mask | None
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +270,7 @@ class _Failure:
 
     number: int
     error: str
+    is_last: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -298,13 +308,15 @@ class _Desk:
             return [
                 _Task(
                     number=number,
+                    is_last=place == len(choices),
                     sample=sample,
                     class_index=class_index,
                     truth=subject.truth,
                     asked=asked,
                     objects=mask != 0 if mask is not None and len(choices) > 1 else None,
+                    share=1 / len(choices),
                 )
-                for class_index, asked in choices
+                for place, (class_index, asked) in enumerate(choices, start=1)
             ]
         except (ImageError, MemoryError) as error:
             return [_Failure(number=number, error=reason(error))]
@@ -345,10 +357,15 @@ class _Examiner:
     """Runs tasks through the model: maps, their costs, and what taking parts away does."""
 
     def __init__(
-        self, model: Model, options: EvaluationOptions, warn: Callable[[str], None]
+        self,
+        model: Model,
+        options: EvaluationOptions,
+        warn: Callable[[str], None],
+        advance: Callable[[float], None],
     ) -> None:
         size = options.batch_size or batch_size_for(model.layout.tokens, model.device)
         self._model = model
+        self._advance = advance
         self._seed = options.seed
         self._names = contenders(model, options)
         self._perturbation = PERTURBATIONS[options.convention]
@@ -369,10 +386,12 @@ class _Examiner:
     def _examine_at_once(self, tasks: list[_Task]) -> list[_Finding | _Failure]:
         batch = self._untouched(tasks)
         maps, costs = self._explain(batch, tasks)
-        curves = {
-            name: measure_curves(self._model, batch, each, self._perturbation, self.batch_size)
-            for name, each in maps.items()
-        }
+        curves = {}
+        for name, each in maps.items():
+            curves[name] = measure_curves(
+                self._model, batch, each, self._perturbation, self.batch_size
+            )
+            self._tell_half_a_method(tasks)
         return [
             self._finding(row, task, batch, maps, curves, costs) for row, task in enumerate(tasks)
         ]
@@ -416,9 +435,16 @@ class _Examiner:
             return found.relevance[:, 0]
 
         _, plain = _timed(lambda: predict_batch(self._model, images))
-        timed = {name: _timed(partial(explain, name)) for name in self._names}
+        timed = {}
+        for name in self._names:
+            timed[name] = _timed(partial(explain, name))
+            self._tell_half_a_method(tasks)
         maps = {name: relevance for name, (relevance, _) in timed.items()}
         return maps, {name: seconds / plain for name, (_, seconds) in timed.items()}
+
+    def _tell_half_a_method(self, tasks: list[_Task]) -> None:
+        """Tell that a method's maps of a batch are made, or its curves."""
+        self._advance(sum(task.share for task in tasks) / (2 * len(self._names)))
 
     def _baseline(self, name: str, tasks: list[_Task]) -> Tensor:
         """Make a baseline's maps; what is drawn hangs on the seed and on the image alone."""
@@ -441,9 +467,7 @@ class _Examiner:
         for name in self._names:
             sound = maps[name][row].isfinite().all() and curves[name][row].finite
             if not sound:
-                return _Failure(
-                    number=task.number, error=f"gives numbers that are not finite with {name}"
-                )
+                return _failed(task, f"gives numbers that are not finite with {name}")
         return _Finding(
             task=task,
             class_index=int(batch.classes[row]),
@@ -455,14 +479,14 @@ class _Examiner:
 
 def _locate(
     model: Model, perturbation: Perturbation, item: _Finding | _Failure
-) -> tuple[int, Case | str]:
+) -> tuple[_Task | _Failure, Case | str]:
     """Score the maps of a task, those that have a mask against it too.
 
     Returns:
-        The image's number, and what was found or why it failed.
+        The task, and what was found or why it failed.
     """
     if isinstance(item, _Failure):
-        return item.number, item.error
+        return item, item.error
     case = Case(
         class_index=item.class_index,
         class_label=model.labels[item.class_index],
@@ -477,7 +501,7 @@ def _locate(
         curves=item.curves,
         costs=item.costs,
     )
-    return item.task.number, case
+    return item.task, case
 
 
 def _faithfulness(curves: Curves, perturbation: Perturbation) -> dict[str, float]:
@@ -563,7 +587,11 @@ def _shape(item: object) -> tuple[int, ...] | None:
 
 
 def _too_large(task: _Task, error: MemoryError) -> _Failure:
-    return _Failure(number=task.number, error=reason(error))
+    return _failed(task, reason(error))
+
+
+def _failed(task: _Task, error: str) -> _Failure:
+    return _Failure(number=task.number, error=error, is_last=task.is_last)
 
 
 def _timed(work: Callable[[], _Made]) -> tuple[_Made, float]:

@@ -24,10 +24,12 @@ def require_places(table: Path | None, plot: Path | None) -> None:
 
     Raises:
         OutputError: Something is.
-        OptionError: One file is asked for as both.
+        OptionError: One file is asked for as both, or a plot under another name than a PNG's.
     """
     if table is not None and plot is not None and identity(table) == identity(plot):
         raise OptionError(f"--csv and --plot are both {table}; give each a file of its own")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise OptionError(f"--plot is {plot}, but a plot is a PNG; give a name that ends in .png")
     for path, is_own in ((table, _is_table), (plot, _is_plot)):
         if path is not None:
             require_own(path, is_own)

@@ -55,6 +55,8 @@ class Reporter:
         self._errors = Console(stderr=True, highlight=False)
         self._counts: Counter[str] = Counter()
         self._total = 0
+        self._done = 0.0  # images, and parts of them
+        self._bar: Callable[[], None] | None = None
         self._start = time.perf_counter()
 
     def say(self, text: str, style: str = "") -> None:
@@ -75,14 +77,16 @@ class Reporter:
         """
         self._watch(results, total, partial(self._show, run=run), _RESULTS)
 
-    def collect(self, measurements: Iterable[Measurement], total: int) -> list[Measurement]:
+    def collect(
+        self, measurements: Iterable[Measurement], total: int, kept: list[Measurement]
+    ) -> None:
         """Gather measurements under a progress bar, telling of failures as they come; sum up.
 
         Args:
             measurements: As they come.
             total: How many there will be.
+            kept: Gets them, and has those that came before an interruption.
         """
-        kept = []
 
         def keep(measurement: Measurement) -> None:
             status = "failed" if measurement.error else "measured"
@@ -90,7 +94,12 @@ class Reporter:
             kept.append(measurement)
 
         self._watch(measurements, total, keep, _MEASUREMENTS)
-        return kept
+
+    def advance(self, images: float) -> None:
+        """Move the bar on by what is done of images that no result tells of yet."""
+        self._done = min(self._done + images, self._total)
+        if self._bar:
+            self._bar()
 
     def present(self, evaluation: Evaluation) -> None:
         """Show methods side by side: as tables, or as one JSON document.
@@ -119,7 +128,7 @@ class Reporter:
         statuses: Sequence[str],
     ) -> None:
         """Tell of items as they come, under a progress bar, and sum up by status."""
-        self._start, self._total = time.perf_counter(), total
+        self._start, self._total, self._done = time.perf_counter(), total, 0.0
         try:
             with closing(self._progress(items, total)) as shown:
                 for item in shown:
@@ -130,7 +139,7 @@ class Reporter:
     def _count(self, status: str, source: Source, error: str | None) -> None:
         self._counts[status] += 1
         if error:
-            text = f"failed: {source.path} {error}"
+            text = f"failed: {source.path}: {error}"
             self._errors.print(Text(printable(text), "red"), soft_wrap=True)
 
     def _show(self, result: Result, run: dict[str, Any]) -> None:
@@ -197,11 +206,17 @@ class Reporter:
         )
         with Progress(*columns, console=self._errors, transient=True) as progress:
             task = progress.add_task("", total=total, rate="")
+
+            def move() -> None:
+                rate = self._done / (time.perf_counter() - self._start)
+                progress.update(task, completed=self._done, rate=f"{rate:.1f} images/s")
+
+            self._bar = move
             for result in results:
                 yield result
-                done = sum(self._counts.values())
-                rate = done / (time.perf_counter() - self._start)
-                progress.update(task, completed=done, rate=f"{rate:.1f} images/s")
+                self._done = max(self._done, self._counts.total())
+                move()
+            self._bar = None
 
 
 def discard(stream: TextIO) -> None:
