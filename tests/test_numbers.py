@@ -151,7 +151,7 @@ def test_class_without_a_say_is_told_of_once_and_shows_no_heat(here: Path) -> No
     results, said = explained(without_a_say(), method, pictures=pictures, batch_size=2)
     assert [result.status for result in results] == ["written"] * 3
     (warning,) = said
-    assert "without any heat: 3," in warning
+    assert "no heat at all in 3 maps," in warning
     assert str(Path("p/0.png")) in warning
     for result in results:
         by_class = {output.class_index: [] for output in result.outputs}
@@ -165,7 +165,7 @@ def test_class_without_a_say_is_told_of_once_and_shows_no_heat(here: Path) -> No
 
 def test_average_of_tokens_without_a_say_is_told_of_too() -> None:
     model = without_a_say(global_pool="avg", class_token=False)
-    with pytest.warns(UserWarning, match="without any heat: 1"):
+    with pytest.warns(UserWarning, match="no heat at all in 1 map,"):
         (explanation,) = vitviz.grad_rollout(model, [picture(30, 40)], classes=SILENT)
     assert explanation.relevance.min() > 0
     assert np.ptp(explanation.relevance) == 0
@@ -180,7 +180,7 @@ def test_uniform_attention_is_told_of_in_rollout(here: Path) -> None:
     results, said = explained(load_model(module, device="cpu"), MethodOptions(discard=0.0))
     assert [result.status for result in results] == ["written"] * 3
     (warning,) = said
-    assert "without any heat: 3," in warning
+    assert "no heat at all in 3 maps," in warning
     assert "attention is the same everywhere" in warning
 
 

@@ -108,7 +108,7 @@ def test_tokens_of_large_norm_are_told_once(tmp_path: Path) -> None:
     told: list[str] = []
     list(run(model, sources, Job(output=tmp_path / "out", batch_size=2), warn=told.append))
     (line,) = told
-    assert line.startswith("patch tokens of outlying norm: 3, the")
+    assert line.startswith("patch tokens of outlying norm in 3 maps, the")
     assert "a.png" in line
 
 

@@ -26,7 +26,7 @@ from vitviz.demo.train import CURRICULUM, Round, train
 from vitviz.models import load_model
 
 # What has hardly learned yet may look nowhere.
-pytestmark = pytest.mark.filterwarnings("ignore:maps without any heat")
+pytestmark = pytest.mark.filterwarnings("ignore:no heat at all")
 
 STYLE = SceneStyle(max_objects=1, radius=(0.35, 0.42), clutter=0)
 ROUNDS = (

@@ -93,8 +93,10 @@ def read_truth(path: Path, labels: Labels, num_classes: int) -> Mapping[str, int
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--truth {path} cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise OptionError(f"--truth {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"--truth {path} is no UTF-8 text: {error}") from error
     classes = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

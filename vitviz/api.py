@@ -27,7 +27,7 @@ from vitviz.options import (
     MethodOptions,
     PictureOptions,
 )
-from vitviz.pipeline import explain, require_several
+from vitviz.pipeline import explain, require_inputs
 
 __all__ = ["attention", "evaluate", "evidence", "grad_rollout", "relevance", "rollout"]
 
@@ -284,6 +284,7 @@ def evaluate(
         seed=seed,
         resamples=resamples,
     )
+    require_inputs(model, images)
     subjects = _subjects(images, masks, truth)
     return summarize(model, options, list(examine(model, subjects, options)))
 
@@ -294,7 +295,6 @@ def _subjects(
     truth: Sequence[int] | None,
 ) -> list[Subject]:
     """Put together what is known about each image."""
-    require_several(images)
     given = list(images)
     if isinstance(masks, (str, os.PathLike)):
         found = subjects_of(map(_source, range(len(given)), given), masks=Path(masks))

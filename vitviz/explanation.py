@@ -49,12 +49,9 @@ class Prediction:
 class Doubt(Enum):
     """Why a picture may mislead: what it is about, and why that is."""
 
-    FLAT = ("maps without any heat", "all patches count alike, attention is the same everywhere")
-    FLAT_FOR_CLASS = (
-        "maps without any heat",
-        "all patches count alike, for no attention speaks for the class",
-    )
-    EVEN = ("maps nearly the same everywhere", "colours make more of them than there is")
+    FLAT = ("no heat at all", "all patches count alike, attention is the same everywhere")
+    FLAT_FOR_CLASS = ("no heat at all", "all patches count alike, for nothing speaks for the class")
+    EVEN = ("nearly the same heat everywhere", "colours make more of it than there is")
     PREFIX = ("most attention on prefix tokens", "what is there, no map shows")
     OUTLIERS = ("patch tokens of outlying norm", "heat on these says nothing of their place")
     POWERLESS = ("next to no gradient", "little that is drawn moves the class")
@@ -90,7 +87,7 @@ class Sanity:
         return [doubt for is_so, doubt in found if is_so]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Explanation:
     """One relevance map.
 
@@ -164,6 +161,11 @@ class Explanation:
             return str(self.method)
         name = printable(self.class_label or f"class {self.class_index}")
         return f"{self.method}: {name} ({self.class_score:.0%})"
+
+    def __repr__(self) -> str:
+        """Say what it is of, without its pixels."""
+        shape = "×".join(map(str, self.relevance.shape))
+        return f"<Explanation of {self.sample.source.path}: {self.caption}, {shape}>"
 
     def _repr_png_(self) -> bytes:
         """Show the overlay in a notebook."""

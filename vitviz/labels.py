@@ -119,8 +119,10 @@ def read_labels(path: Path, num_classes: int) -> Labels:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabelError(f"--labels {path} cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise LabelError(f"--labels {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LabelError(f"--labels {path} is no UTF-8 text: {error}") from error
     names = _label_names(text, path)
     if len(names) != num_classes:
         raise LabelError(

@@ -32,7 +32,7 @@ from vitviz.outputs import sweep
 from vitviz.render import contrast
 from vitviz.streaming import Portions, in_batches, map_ahead, stop_with, worker_threads
 
-__all__ = ["explain", "frame_of", "require_several", "run", "to_tensor"]
+__all__ = ["explain", "frame_of", "require_inputs", "run", "to_tensor"]
 
 _TOP = 5
 
@@ -97,7 +97,7 @@ def explain(
         ImageError: An image cannot be read or explained.
         VitvizError: The options do not fit the model.
     """
-    require_several(images)
+    require_inputs(model, images)
     pictures = pictures or PictureOptions()
     job = Job(method=method, pictures=pictures, fit=fit, batch_size=batch_size)
     class_requests(model, method)
@@ -123,12 +123,16 @@ def explain(
     return explanations
 
 
-def require_several(images: object) -> None:
-    """Make sure that these are images, and not one.
+def require_inputs(model: object, images: object) -> None:
+    """Make sure that this is a model, and that these are images, and not one.
 
     Raises:
-        OptionError: It is one.
+        OptionError: It is not, or it is one.
     """
+    if not isinstance(model, Model):
+        raise OptionError(
+            f"expected a model from vitviz.load_model, and got {type(model).__name__}"
+        )
     if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) in (2, 3):
         raise OptionError("expected a list of images, and got one; write [image]")
 
@@ -238,8 +242,8 @@ class _Runner:
     def tell_doubts(self) -> None:
         """Say once for each reason how many maps may mislead."""
         for doubt, count in self._doubts.items():
-            what, why = doubt.value
-            self._warn(f"{what}: {count}, the first of {self._first[doubt]}: {why}")
+            (what, why), maps = doubt.value, "1 map" if count == 1 else f"{count} maps"
+            self._warn(f"{what} in {maps}, the first of {self._first[doubt]}: {why}")
 
     def _explain_at_once(self, samples: list[ImageSample]) -> list[_Explained | Result]:
         images, method = to_tensor(self._model, samples), self._job.method

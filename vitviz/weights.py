@@ -156,7 +156,8 @@ def require_answer(url: str, wanted: str) -> None:
         reason = f"{host} cannot be reached: {failures[0]}"
     raise WeightsError(
         f"{wanted} is not in the cache of downloaded models and {reason}; "
-        "give your own file with --weights FILE, or run once where the hub can be reached"
+        "give your own file with --weights FILE, run once where the hub can be reached, or use "
+        "-m demo"
     )
 
 
