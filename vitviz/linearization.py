@@ -138,7 +138,7 @@ class _Normalized(torch.autograd.Function):
         weight, inverse = ctx.saved_tensors
         gradient = gradient if weight is None else gradient * weight
         centred = gradient - gradient.mean(dim=ctx.over, keepdim=True)
-        return (centred * inverse).to(gradient.dtype), None, None, None, None
+        return centred.mul_(inverse), None, None, None, None
 
 
 class _ScaledToUnit(torch.autograd.Function):
@@ -171,7 +171,10 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, output = ctx.saved_tensors
-        gate = torch.where(x.abs() < _NEAR_ZERO, 0.5, output / x)
+        # In the memory of one tensor: torch.where takes ten times as long. Near 0, x is taken for
+        # 0, so that the quotient is no number; other outputs that are none show in the logits.
+        gate = F.hardshrink(x, _NEAR_ZERO)
+        torch.div(output, gate, out=gate).nan_to_num_(0.5, 0.5, 0.5)
         return gate.mul_(gradient), None
 
 
