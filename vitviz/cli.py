@@ -566,6 +566,7 @@ def _evaluate(run: EvaluationRun) -> NoReturn:
 
 
 def _tell(reporter: Reporter, result: Evaluation, run: EvaluationRun) -> None:
+    """Write what was measured to the files that are asked for, and show it."""
     from vitviz import exhibits
 
     try:
@@ -764,11 +765,10 @@ class _Interruption:
         now = time.monotonic()
         if self._came is not None:
             if now - self._came > _ECHO:
-                before = self._before[
-                    signal.Signals(number)
-                ]  # the program's own, which leaves at once
-                if callable(before):
-                    before(number, frame)
+                leave_at_once = self._before[signal.Signals(number)]
+                if callable(leave_at_once):  # as the program's own
+                    leave_at_once(number, frame)
+                os._exit(128 + number)
             return
         self._came = now
         if not self._telling:
