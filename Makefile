@@ -58,7 +58,7 @@ bench: .venv/benchmark  ## measure speed and memory against plain forwards (long
 	@touch $@
 
 census: setup  ## judge every model of timm anew, for `vitviz models`
-	$(BIN)/python -m vitviz.support
+	$(BIN)/python -m vitviz.models.catalogue
 
 figures: setup  ## measure the bundled model on 500 scenes that it has never seen
 	$(BIN)/python -m vitviz.demo.evaluate

@@ -13,8 +13,8 @@ import oracles
 from linear_oracles import LinearSteps, LinearTrace, Rules
 from oracles import Array
 from tiny import TinyCase
-from vitviz.engine import explain_batch
-from vitviz.models import Model, load_model
+from vitviz.explaining.batch import explain_batch
+from vitviz.models.model import Model, load_model
 from vitviz.options import AttentionRule, HeadFusion, Method, MethodOptions
 
 TOLERANCE = 1e-4  # of a map's range, the contract's

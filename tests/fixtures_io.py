@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitviz.models import Model, load_model
+from vitviz.models.model import Model, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "test_vit"  # timm's own test model: 64 wide, 6 blocks, 2 heads, patches of 16 pixels
@@ -127,7 +127,7 @@ class Shell:
         self._monkeypatch = monkeypatch
 
     def __call__(self, *arguments: str | os.PathLike[str], stdin: bytes = b"") -> Run:
-        from vitviz.cli import main
+        from vitviz.cli.app import main
 
         self._capture.readouterr()
         with self._monkeypatch.context() as patch, pytest.raises(SystemExit) as left:

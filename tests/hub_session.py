@@ -90,8 +90,8 @@ os.environ["HF_HUB_CACHE"] = sys.argv[3]
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_HUB_OFFLINE", None)
 
-from vitviz.errors import VitvizError  # noqa: E402  (after the environment)
-from vitviz.models import load_model  # noqa: E402
+from vitviz.errors import VitvizError  # noqa: E402
+from vitviz.models.model import load_model  # noqa: E402
 
 
 class TooLongError(BaseException):

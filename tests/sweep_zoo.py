@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import pytest
 import timm
 
-from vitviz.building import build_skeleton
 from vitviz.errors import UnsupportedModelError
-from vitviz.layout import Readout, read_layout
-from vitviz.models import preprocessing_of
-from vitviz.support import Support, survey_models
+from vitviz.models.building import build_skeleton
+from vitviz.models.catalogue import Support, survey_models
+from vitviz.models.preprocessing import preprocessing_of
+from vitviz.models.tokens import Readout, read_layout
 from zoo import (
     SETTINGS,
     assert_layout_is_measured,

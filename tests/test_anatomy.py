@@ -13,32 +13,33 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tiny import CASES, TinyCase
-from vitviz.anatomy import Anatomy, describe
-from vitviz.building import build_skeleton
-from vitviz.console import show_anatomy
-from vitviz.trace import trace_model
+from vitviz.cli.model_view import show_model
+from vitviz.inspection.describe import describe
+from vitviz.inspection.parts import ModelSummary
+from vitviz.inspection.trace import trace_model
+from vitviz.models.building import build_skeleton
 
 WIDTH, TOKENS, HEADS, DEPTH, CLASSES = 192, 197, 3, 12, 1000
 
 
 @pytest.fixture(scope="module")
-def deit() -> Anatomy:
+def deit() -> ModelSummary:
     return describe(build_skeleton("deit_tiny_patch16_224"), "deit_tiny_patch16_224")
 
 
-def described(case_name: str) -> Anatomy:
+def described(case_name: str) -> ModelSummary:
     case = next(case for case in CASES if case.name == case_name)
     size = (8 * case.grid[0], 8 * case.grid[1])
     return describe(case.build(), case.name, input_size=size)
 
 
-def shown(anatomy: Anatomy, width: int = 80) -> list[str]:
+def shown(anatomy: ModelSummary, width: int = 80) -> list[str]:
     stream = io.StringIO()
-    show_anatomy(anatomy, Console(file=stream, width=width))
+    show_model(anatomy, Console(file=stream, width=width))
     return stream.getvalue().splitlines()
 
 
-def test_deit_tiny_parameters_are_divided_as_by_hand(deit: Anatomy) -> None:
+def test_deit_tiny_parameters_are_divided_as_by_hand(deit: ModelSummary) -> None:
     patches = 3 * 16 * 16 * WIDTH + WIDTH
     tokens = patches + WIDTH + TOKENS * WIDTH  # with the class token and the positions
     norm = 2 * WIDTH
@@ -55,7 +56,7 @@ def test_deit_tiny_parameters_are_divided_as_by_hand(deit: Anatomy) -> None:
     assert deit.unused_parameters == 0
 
 
-def test_deit_tiny_macs_follow_the_formula_with_attention_products(deit: Anatomy) -> None:
+def test_deit_tiny_macs_follow_the_formula_with_attention_products(deit: ModelSummary) -> None:
     patches = 196 * 3 * 16 * 16 * WIDTH
     linears = TOKENS * WIDTH * (576 + WIDTH + 768 + 768)
     products = 2 * HEADS * TOKENS * TOKENS * 64  # queries with keys, probabilities with values
@@ -68,7 +69,7 @@ def test_deit_tiny_macs_follow_the_formula_with_attention_products(deit: Anatomy
     assert deit.macs == patches + DEPTH * block + head
 
 
-def test_deit_tiny_output_shapes_of_its_parts(deit: Anatomy) -> None:
+def test_deit_tiny_output_shapes_of_its_parts(deit: ModelSummary) -> None:
     assert deit.blocks is not None
     costs = (deit.tokenization.cost, deit.blocks.cost, deit.head.cost)
     shapes = [cost.output_shape for cost in costs if cost]
@@ -76,7 +77,7 @@ def test_deit_tiny_output_shapes_of_its_parts(deit: Anatomy) -> None:
     assert deit.output_shape == (1, 1000)
 
 
-def test_deit_tiny_tokens_and_position(deit: Anatomy) -> None:
+def test_deit_tiny_tokens_and_position(deit: ModelSummary) -> None:
     part = deit.tokenization
     assert part.patches is not None
     assert (part.patches.operation, part.patches.convolutions) == ("Conv2d", 1)
@@ -91,7 +92,7 @@ def test_deit_tiny_tokens_and_position(deit: Anatomy) -> None:
     assert part.tokens == TOKENS
 
 
-def test_deit_tiny_block(deit: Anatomy) -> None:
+def test_deit_tiny_block(deit: ModelSummary) -> None:
     assert deit.blocks is not None
     (kind,) = deit.blocks.kinds
     (attention,) = kind.attentions
@@ -109,7 +110,7 @@ def test_deit_tiny_block(deit: Anatomy) -> None:
     assert (kind.layer_scales, kind.drop_path) == ((), None)
 
 
-def test_deit_tiny_head_and_support(deit: Anatomy) -> None:
+def test_deit_tiny_head_and_support(deit: ModelSummary) -> None:
     head = deit.head
     assert [layer.name for layer in head.norms] == ["norm"]
     assert (head.norm_after_pooling, head.pooling, head.classes) == (False, "class token", 1000)
@@ -296,20 +297,20 @@ def test_giant_model_is_traced_without_memory_for_its_weights() -> None:
     assert all(parameter.is_meta for parameter in module.parameters())
 
 
-def test_json_form_holds_plain_types(deit: Anatomy) -> None:
+def test_json_form_holds_plain_types(deit: ModelSummary) -> None:
     plain = deit.to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert plain["tokenization"]["positions"][0]["shape"] == [1, 197, 192]
 
 
-def test_view_fits_forty_lines_of_eighty_columns(deit: Anatomy) -> None:
+def test_view_fits_forty_lines_of_eighty_columns(deit: ModelSummary) -> None:
     lines = shown(deit)
     assert len(lines) <= 40
     assert all(len(line) <= 80 and line == line.rstrip() for line in lines)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_view_says_the_same_at_any_width(deit: Anatomy, width: int) -> None:
+def test_view_says_the_same_at_any_width(deit: ModelSummary, width: int) -> None:
     text = " ".join(" ".join(shown(deit, width)).split())
     for fact in (
         "12 × Block, all identical",
@@ -323,7 +324,7 @@ def test_view_says_the_same_at_any_width(deit: Anatomy, width: int) -> None:
         assert fact in text
 
 
-def test_names_are_not_read_as_markup(deit: Anatomy) -> None:
+def test_names_are_not_read_as_markup(deit: ModelSummary) -> None:
     lines = shown(replace(deit, name="[red]a[/red] [/nope]", error="[bold]what[/x]"))
     assert "[red]a[/red] [/nope]" in lines[0]
     assert any("[bold]what[/x]" in line for line in lines)

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitviz.annotations import find_mask, fit_mask, load_mask, read_truth, true_class
 from vitviz.errors import ImageError, LabelError, OptionError
-from vitviz.images import Frame, Source, load_sample, read_file, sample_of
-from vitviz.labels import Labels
+from vitviz.evaluation.annotations import find_mask, fit_mask, load_mask, read_truth, true_class
+from vitviz.images.decoding import read_file
+from vitviz.images.fitting import InputTransform
+from vitviz.images.samples import load_sample, sample_of
+from vitviz.images.sources import Source
+from vitviz.models.labels import Labels
 from vitviz.options import Fit
 
 LABELS = Labels(names=("tench, Tinca tinca", "tabby, tabby cat", "sky"))
@@ -21,8 +24,8 @@ def source(key: str) -> Source:
     return Source(path=Path("/somewhere") / key, key=key)
 
 
-def frame(fit: Fit, size: tuple[int, int] = (32, 32)) -> Frame:
-    return Frame(
+def frame(fit: Fit, size: tuple[int, int] = (32, 32)) -> InputTransform:
+    return InputTransform(
         fit=fit, size=size, patch=(8, 8), resample=Image.Resampling.BICUBIC, crop_pct=0.875
     )
 

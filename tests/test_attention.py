@@ -16,12 +16,12 @@ import vitviz
 from comparison import loaded, traced
 from fixtures_io import picture, tiny_model
 from tiny import CASES, LARGE_CASES, TinyCase
-from vitviz.cli import main
-from vitviz.engine import explain_batch
+from vitviz.cli.app import main
 from vitviz.errors import OptionError
-from vitviz.images import find_sources
+from vitviz.explaining.batch import explain_batch
+from vitviz.images.sources import find_sources
 from vitviz.options import Fit, Job, Method, MethodOptions
-from vitviz.pipeline import run
+from vitviz.runs.pipeline import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

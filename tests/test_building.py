@@ -14,11 +14,11 @@ import timm.models
 import torch
 from safetensors.torch import save_file
 
-from vitviz.building import resolve_name
-from vitviz.cli import main
+from vitviz.cli.app import main
 from vitviz.errors import ModelError, OptionError, WeightsError
-from vitviz.models import load_model
-from vitviz.support import find_models, judge, survey_models
+from vitviz.models.catalogue import find_models, judge, survey_models
+from vitviz.models.model import load_model
+from vitviz.models.names import resolve_name
 
 FACTORY = """
 import timm
@@ -130,7 +130,7 @@ def test_answers_for_another_timm_are_learned_and_kept(
     assert (name, support.rollout) == ("test_vit", True)
     (kept,) = (tmp_path / "vitviz").iterdir()
     assert list(json.loads(kept.read_text())["models"]) == ["test_vit"]
-    monkeypatch.setattr("vitviz.support.judge", None)
+    monkeypatch.setattr("vitviz.models.catalogue.judge", None)
     assert dict(survey_models(["test_vit"])) == {"test_vit": support}
 
 

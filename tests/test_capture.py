@@ -25,10 +25,10 @@ from comparison import (
     traced,
 )
 from tiny import CASES, TinyCase
-from vitviz.capture import AttentionCapture, output_gradients
-from vitviz.engine import explain_batch
 from vitviz.errors import CaptureError
-from vitviz.models import load_model
+from vitviz.explaining.batch import explain_batch
+from vitviz.models.capture import AttentionCapture, output_gradients
+from vitviz.models.model import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -32,9 +32,11 @@ from fixtures_io import (
     save_tiny,
     tiny_state,
 )
-from vitviz import models, pipeline
-from vitviz.options import Kind
-from vitviz.outputs import Provenance, read_provenance
+from vitviz.models import model as models
+from vitviz.models.devices import describe_device
+from vitviz.options import OutputKind
+from vitviz.runs import pipeline
+from vitviz.runs.files import Provenance, read_provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -537,7 +539,7 @@ def test_record_suffices_to_make_each_file_again(
     shell: Shell, tiny: list[str], words: list[str]
 ) -> None:
     save_pictures(Path(), ["p/a.png", "p/b.png"], (50, 70))
-    save = [word for kind in Kind for word in ("--save", kind.value)]
+    save = [word for kind in OutputKind for word in ("--save", kind.value)]
     done = shell(words[0], "p", *save, *tiny, *words[1:], "--json", "--batch-size", "1")
     assert done.code == 0, done.err
     for record in done.records:
@@ -607,7 +609,7 @@ def test_maps_among_the_sources_are_no_sources(
 ) -> None:
     save_pictures(Path("p"), ["a.png", "q/b.png"])
     before = {path: path.read_bytes() for path in Path("p").rglob("*.png")}
-    save = [word for kind in Kind for word in ("--save", kind.value)]
+    save = [word for kind in OutputKind for word in ("--save", kind.value)]
     command = ["rollout", folders[0], "-o", folders[1], *save, *tiny]
     first = shell(*command)
     assert (first.code, len(first.paths)) == (0, 8)
@@ -891,7 +893,7 @@ def test_bug_keeps_its_traceback(
         raise ZeroDivisionError
 
     monkeypatch.setattr(models, "load_model", bug)
-    from vitviz.cli import main
+    from vitviz.cli.app import main
 
     with pytest.raises(ZeroDivisionError):
         main(["rollout", "a.png", *tiny])
@@ -1053,5 +1055,5 @@ def test_interruption_before_the_first_image_leaves_with_130_and_no_word(
 
 def test_gpu_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
-    assert models.describe_device(torch.device("cuda:1")) == "Using cuda:1 (Card 1)"
-    assert models.describe_device(torch.device("cpu")) == "Using cpu"
+    assert describe_device(torch.device("cuda:1")) == "Using cuda:1 (Card 1)"
+    assert describe_device(torch.device("cpu")) == "Using cpu"

@@ -12,21 +12,22 @@ from rich.console import Console
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitviz.anatomy import Anatomy, BlockKind, Cost, Layer, describe
-from vitviz.building import build_skeleton
-from vitviz.console import show_anatomy
+from vitviz.cli.model_view import show_model
+from vitviz.inspection.describe import describe
+from vitviz.inspection.parts import BlockKind, Cost, Layer, ModelSummary
+from vitviz.models.building import build_skeleton
 
 
-def shown(anatomy: Anatomy, width: int = 100) -> str:
+def shown(anatomy: ModelSummary, width: int = 100) -> str:
     """Return the view with every run of blanks as one: lines break where the width says."""
     stream = io.StringIO()
-    show_anatomy(anatomy, Console(file=stream, width=width))
+    show_model(anatomy, Console(file=stream, width=width))
     return " ".join(stream.getvalue().split())
 
 
 def small_vit(
     module: Callable[..., VisionTransformer] = VisionTransformer, **arguments: object
-) -> Anatomy:
+) -> ModelSummary:
     settings = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}
     with torch.device("meta"):
         return describe(module(**{**settings, "num_classes": 7, **arguments}).eval(), "small")
@@ -244,12 +245,12 @@ def test_layers_that_are_no_chain_are_listed() -> None:
 # What could not be found out
 
 
-def first_kind(anatomy: Anatomy) -> BlockKind:
+def first_kind(anatomy: ModelSummary) -> BlockKind:
     assert anatomy.blocks is not None
     return anatomy.blocks.kinds[0]
 
 
-def with_kind(anatomy: Anatomy, **changes: object) -> Anatomy:
+def with_kind(anatomy: ModelSummary, **changes: object) -> ModelSummary:
     assert anatomy.blocks is not None
     kinds = (replace(first_kind(anatomy), **changes),)
     return replace(anatomy, blocks=replace(anatomy.blocks, kinds=kinds))
@@ -275,7 +276,7 @@ def test_what_is_not_determined_is_said_and_not_guessed() -> None:
     assert "MACs not determined · image (3, 32, 32) → output not determined" in text
 
 
-def outlined(*names: str, macs: int | None = 5) -> Anatomy:
+def outlined(*names: str, macs: int | None = 5) -> ModelSummary:
     """Return a model without blocks, of modules that are alike."""
     cost = Cost(parameters=100, share=0.1, macs=macs, output_shape=(1, 4))
     layers = tuple(Layer(name=name, kind="Stage", cost=cost) for name in names)

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 import vitviz
-import vitviz.engine
+import vitviz.explaining.batch
 from vitviz.demo import CLASSES, evaluate
 from vitviz.demo.evaluate import FIRST_SEED, Figures, measure
 from vitviz.demo.scenes import Scene, paint_scene
-from vitviz.explanation import Explanation
-from vitviz.metrics import average_precision, specificity
-from vitviz.perturbation import upsample
+from vitviz.evaluation.metrics import average_precision, specificity
+from vitviz.evaluation.perturbation import upsample
+from vitviz.explaining.explanation import Explanation
 
 SAMPLES = Path(__file__).parents[1] / "sample_images" / "scenes"
 
@@ -79,12 +79,12 @@ def test_rollout_lies_on_the_objects_more_than_their_area_says() -> None:
 def test_gradients_of_the_blocks_in_reverse_order_fail_clearly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = vitviz.engine.output_gradients
+    right = vitviz.explaining.batch.output_gradients
 
     def reversed_gradients(*args: Any, **kwargs: Any) -> Any:
         return right(*args, **kwargs)[::-1]
 
-    monkeypatch.setattr(vitviz.engine, "output_gradients", reversed_gradients)
+    monkeypatch.setattr(vitviz.explaining.batch, "output_gradients", reversed_gradients)
     mistaken = measure(demo(), scenes(500)[:100])
     assert mistaken.asked <= 0.85, asdict(mistaken)
 
@@ -147,7 +147,7 @@ def test_sample_scenes_show_what_their_names_say(path: Path) -> None:
 
 
 def test_a_run_over_the_samples_does_not_take_the_masks() -> None:
-    from vitviz.images import find_sources
+    from vitviz.images.sources import find_sources
 
     found, _ = find_sources([str(SAMPLES)])
     assert [source.path for source in found] == sorted(SAMPLES.glob("*.png"))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fixtures_io import tiny_module
-from vitviz.engine import explain_batch
 from vitviz.errors import CaptureError
-from vitviz.models import Model, load_model
+from vitviz.explaining.batch import explain_batch
+from vitviz.models.model import Model, load_model
 from vitviz.options import MethodOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

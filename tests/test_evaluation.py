@@ -30,15 +30,17 @@ from fixtures_io import (
     tiny_model,
     tiny_module,
 )
-from vitviz import chart, examination, reporting
+from vitviz.cli import reporter as reporting
 from vitviz.demo import CLASSES as DEMO_CLASSES
-from vitviz.engine import BatchMaps, explain_batch
 from vitviz.errors import LabelError, OptionError, OutputError, UnsupportedModelError
-from vitviz.evaluation import CSV_HEADER, METRICS, Evaluation
-from vitviz.images import Source
-from vitviz.models import Model, load_model
+from vitviz.evaluation import chart
+from vitviz.evaluation import measuring as examination
+from vitviz.evaluation.summary import CSV_HEADER, METRICS, Evaluation
+from vitviz.explaining.batch import BatchMaps, explain_batch
+from vitviz.images.sources import Source
+from vitviz.models.model import Model, load_model
 from vitviz.options import VARIANTS, EvaluationOptions, variant
-from vitviz.outputs import read_provenance
+from vitviz.runs.files import read_provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,8 +73,8 @@ def demo() -> Model:
 
 
 def mean(found: Evaluation, method: str, metric: str) -> float:
-    (standing,) = (each for each in found.standings if each.name == method)
-    return standing.summaries[metric].interval.mean
+    (method,) = (each for each in found.methods if each.name == method)
+    return method.summaries[metric].interval.mean
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -139,7 +141,7 @@ def test_random_map_scores_what_a_random_map_must() -> None:
         tiny_model(), pictures(60), methods=["rollout"], masks=corner_masks(60), resamples=500
     )
     assert found.masked == 60
-    random = found.standings[0]
+    random = found.methods[0]
     assert random.name == "random"
     for metric, within in (("energy", 0.02), ("pointing", 0.15)):
         assert random.summaries[metric].interval.mean == pytest.approx(0.25, abs=within)
@@ -189,8 +191,8 @@ def test_same_seed_gives_the_same_numbers_and_another_does_not() -> None:
         )
         return [
             value
-            for standing in found.standings
-            for summary in standing.summaries.values()
+            for method in found.methods
+            for summary in method.summaries.values()
             for value in (summary.interval.mean, summary.interval.low, summary.interval.high)
         ]
 
@@ -219,7 +221,7 @@ def test_localisation_counts_the_images_that_have_a_mask() -> None:
     masks[1], masks[3] = None, np.zeros((SIZE, SIZE), dtype=np.uint8)
     found = vitviz.evaluate(tiny_model(), pictures(5), methods=["rollout"], masks=masks)
     assert (found.images, found.masked, found.failed) == (5, 3, ())
-    counts = {name: each.images for name, each in found.standings[2].summaries.items()}
+    counts = {name: each.images for name, each in found.methods[2].summaries.items()}
     assert counts["deletion"] == 5
     assert counts["energy"] == 3
     assert "specificity" not in counts
@@ -234,12 +236,12 @@ def test_truth_is_what_counts_as_right() -> None:
     wrong = [(each + 1) % 7 for each in predicted]
     options: dict[str, Any] = {"methods": ["grad-rollout"], "convention": "chefer2021"}
     plain = vitviz.evaluate(model, images, **options)
-    for standing in plain.standings:
-        assert standing.accuracy[:, 0].tolist() == [1, 1]  # untouched, the prediction is right
+    for method in plain.methods:
+        assert method.accuracy[:, 0].tolist() == [1, 1]  # untouched, the prediction is right
     mistaken = vitviz.evaluate(model, images, truth=wrong, **options)
-    for standing, before in zip(mistaken.standings, plain.standings, strict=True):
-        assert standing.accuracy[:, 0].tolist() == [0, 0]
-        assert np.array_equal(standing.probability, before.probability)  # maps explain as before
+    for method, before in zip(mistaken.methods, plain.methods, strict=True):
+        assert method.accuracy[:, 0].tolist() == [0, 0]
+        assert np.array_equal(method.probability, before.probability)  # maps explain as before
     asked = vitviz.evaluate(model, images, truth=wrong, target="truth", **options)
     assert [each.cases[0].class_index for each in asked.measurements] == wrong
     assert "true class" in asked.explanations["positive"]
@@ -343,8 +345,8 @@ def test_model_without_a_head_has_no_score_to_measure_by() -> None:
 
 def test_baselines_are_always_there_and_methods_that_suit_by_default() -> None:
     options = EvaluationOptions(methods=("evidence", "evidence"))
-    assert examination.contenders(tiny_model(), options) == ("random", "centre", "evidence")
-    all_of_them = examination.contenders(tiny_model(), EvaluationOptions())
+    assert examination.method_names(tiny_model(), options) == ("random", "centre", "evidence")
+    all_of_them = examination.method_names(tiny_model(), EvaluationOptions())
     assert all_of_them == ("random", "centre", *VARIANTS)
 
 
@@ -576,17 +578,17 @@ def test_conventions_differ(shell: Shell, tiny: list[str]) -> None:
 
 def test_interval_marks_are_those_of_the_differences() -> None:
     found = vitviz.evaluate(demo(), sorted(SCENES.glob("*.png"))[:5], methods=["evidence"])
-    for standing in found.standings:
+    for method in found.methods:
         for metric in METRICS:
-            summary = standing.summaries.get(metric.name)
+            summary = method.summaries.get(metric.name)
             if summary is None:
                 continue
-            assert standing.name not in summary.versus
+            assert method.name not in summary.versus
             beaten = [
                 each.high < 0 if metric.lower else each.low > 0 for each in summary.versus.values()
             ]
             assert summary.better is all(beaten)
-    assert found.standings[2].summaries["deletion"].better
+    assert found.methods[2].summaries["deletion"].better
 
 
 def test_native_shapes_go_with_masks_of_any_size(tmp_path: Path) -> None:
@@ -700,7 +702,7 @@ def test_progress_is_told_in_parts_of_images_and_comes_to_all_of_them() -> None:
     masks = corner_masks(3)
     masks[1][0, 0], masks[1][0, 1] = 3, 4  # of several classes
     subjects = [
-        examination.Subject(source=Source(path=Path(str(number)), key=str(number)), **each)
+        examination.AnnotatedImage(source=Source(path=Path(str(number)), key=str(number)), **each)
         for number, each in enumerate(
             {"image": image, "mask": mask} for image, mask in zip(pictures(3), masks, strict=True)
         )

@@ -1,4 +1,4 @@
-"""Finding, decoding and fitting images."""
+"""ModelOutput, decoding and fitting images."""
 
 from __future__ import annotations
 
@@ -19,24 +19,17 @@ from PIL import Image
 import vitviz
 from fixtures_io import SIZE, at_most, picture, tiny_model, tiny_module
 from vitviz.errors import ImageError, SourceError
-from vitviz.images import (
-    Frame,
-    ImageFile,
-    ImageSample,
-    Source,
-    find_sources,
-    load_sample,
-    native_size,
-    read_file,
-    sample_of,
-)
-from vitviz.models import Model, load_model
+from vitviz.images.decoding import ImageFile, read_file
+from vitviz.images.fitting import InputTransform, native_size
+from vitviz.images.samples import ImageSample, load_sample, sample_of
+from vitviz.images.sources import Source, find_sources
+from vitviz.models.model import Model, load_model
 from vitviz.options import Fit
-from vitviz.pipeline import frame_of
+from vitviz.runs.pipeline import input_transform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SQUASH = Frame(
+SQUASH = InputTransform(
     fit=Fit.SQUASH,
     size=(32, 32),
     patch=(16, 16),
@@ -45,8 +38,8 @@ SQUASH = Frame(
 )
 
 
-def frame(fit: Fit, size: tuple[int, int] = (224, 224), crop_pct: float = 0.9) -> Frame:
-    return Frame(
+def frame(fit: Fit, size: tuple[int, int] = (224, 224), crop_pct: float = 0.9) -> InputTransform:
+    return InputTransform(
         fit=fit,
         size=size,
         patch=(16, 16),
@@ -74,7 +67,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# Finding
+# ModelOutput
 
 
 def test_file_is_found_whatever_its_ending(here: Path) -> None:
@@ -328,7 +321,7 @@ def test_empty_argument_is_not_the_working_directory(here: Path) -> None:
 # Decoding
 
 
-def decode(content: bytes, frame: Frame = SQUASH, max_size: int = 1024) -> ImageSample:
+def decode(content: bytes, frame: InputTransform = SQUASH, max_size: int = 1024) -> ImageSample:
     source = Source(path=Path("a"), key="a")
     return load_sample(ImageFile(source=source, content=content, digest=""), frame, max_size)
 
@@ -415,7 +408,9 @@ def test_model_sees_a_large_jpeg_as_if_it_were_decoded_in_full(fit: Fit) -> None
 
 def test_large_jpeg_is_not_decoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    monkeypatch.setattr("vitviz.images._to_rgb", lambda image: sizes.append(image.size) or image)
+    monkeypatch.setattr(
+        "vitviz.images.decoding.to_rgb", lambda image: sizes.append(image.size) or image
+    )
     content = encoded(photograph(1600, 1200), "JPEG")
     decode(content, frame(Fit.SQUASH, size=(32, 32)), max_size=100)
     assert sizes == [(200, 150)]
@@ -762,7 +757,7 @@ def test_native_frame_sees_the_whole_image() -> None:
 
 
 def test_square_image_is_native_at_the_models_own_size() -> None:
-    fitted, _ = frame_of(tiny_model(), Fit.NATIVE).apply(picture(300, 300))
+    fitted, _ = input_transform(tiny_model(), Fit.NATIVE).apply(picture(300, 300))
     assert fitted.size == (SIZE, SIZE)
 
 
@@ -779,7 +774,7 @@ def test_aspect_does_not_flip() -> None:
 
 @pytest.mark.parametrize("fit", [Fit.SQUASH, Fit.CROP])
 def test_region_ends_with_the_last_whole_patch(fit: Fit) -> None:
-    frame = Frame(
+    frame = InputTransform(
         fit=fit,
         size=(100, 90),
         patch=(16, 16),

@@ -22,7 +22,7 @@ from PIL import Image
 
 from fixtures_io import ROOT, Run, picture, save_pictures
 from fixtures_processes import Nursery
-from vitviz.outputs import is_whole, read_provenance
+from vitviz.runs.files import is_whole, read_provenance
 
 COUNT = 40
 DEMO = ["-m", "demo", "--device", "cpu", "--batch-size", "4"]
@@ -212,7 +212,7 @@ def test_result_that_is_told_while_the_interruption_comes_costs_no_other(
     nursery: Nursery, photos: Path, tmp_path: Path
 ) -> None:
     interrupted = (
-        "import os, signal, vitviz.reporting as r\n"
+        "import os, signal, vitviz.cli.reporter as r\n"
         "write = r.Reporter._write\n"
         "def write_and_interrupt(*arguments):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -262,7 +262,7 @@ def test_second_interruption_ends_it_at_once(
     nursery: Nursery, photos: Path, tmp_path: Path
 ) -> None:
     slow = (
-        "import time, vitviz.ledger as p\n"
+        "import time, vitviz.runs.records as p\n"
         "write = p.write_whole\n"
         "def write_slowly(path, *rest):\n"
         "    write(path, *rest)\n"
@@ -371,7 +371,7 @@ def test_folder_that_becomes_read_only_stops_the_run(
 def after_two_files(event: str) -> str:
     """Return a prelude that does something once, before the third file is written."""
     return (
-        "import itertools, os, pathlib, shutil, subprocess, threading, vitviz.ledger as p\n"
+        "import itertools, os, pathlib, shutil, subprocess, threading, vitviz.runs.records as p\n"
         "write, numbers, alone = p.write_whole, itertools.count(), threading.Lock()\n"
         "def write_until(*arguments):\n"
         "    with alone:\n"

@@ -9,7 +9,7 @@ import pytest
 import timm.data
 
 from vitviz.errors import LabelError
-from vitviz.labels import ClassRequest, Labels, parse_requests, read_labels
+from vitviz.models.labels import ClassRequest, Labels, parse_requests, read_labels
 
 IMAGENET = Labels(names=tuple(timm.data.ImageNetInfo("imagenet-1k").label_descriptions()))
 LABELS = Labels(

@@ -11,11 +11,11 @@ from timm.models.cait import Cait
 from torch import Tensor
 
 from fixtures_io import tiny_model, tiny_module
-from vitviz import lanes
-from vitviz.capture import AttentionCapture
-from vitviz.engine import explain_batch
-from vitviz.lanes import batch_size_for, in_lanes
-from vitviz.models import Model, load_model
+from vitviz.explaining import parallel as lanes
+from vitviz.explaining.batch import explain_batch
+from vitviz.explaining.parallel import batch_size_for, map_parts
+from vitviz.models.capture import AttentionCapture
+from vitviz.models.model import Model, load_model
 from vitviz.options import HeadFusion, Method, MethodOptions
 
 METHODS = [
@@ -79,18 +79,18 @@ def test_lanes_give_the_maps_of_one_lane(
 
 
 def test_parts_come_back_in_order() -> None:
-    parts = in_lanes(lambda part: part * 2, torch.arange(100), tokens=200)
+    parts = map_parts(lambda part: part * 2, torch.arange(100), tokens=200)
     assert torch.equal(torch.cat(parts), torch.arange(100) * 2)
     assert max(len(part) for part in parts) == 4
 
 
 def test_short_batch_is_shared_evenly() -> None:
-    parts = in_lanes(lambda part: part, torch.arange(4), tokens=10)
+    parts = map_parts(lambda part: part, torch.arange(4), tokens=10)
     assert [len(part) for part in parts] == [2, 2]
 
 
 def test_single_image_has_all_threads() -> None:
-    (seen,) = in_lanes(
+    (seen,) = map_parts(
         lambda part: (threading.current_thread(), torch.get_num_threads()),
         torch.zeros(1),
         tokens=197,
@@ -100,7 +100,7 @@ def test_single_image_has_all_threads() -> None:
 
 def test_long_sequences_go_one_by_one() -> None:
     """Side by side, they would need the memory of several."""
-    seen = in_lanes(
+    seen = map_parts(
         lambda part: (len(part), threading.current_thread(), torch.get_num_threads()),
         torch.zeros(3),
         tokens=4097,
@@ -120,7 +120,7 @@ def test_error_in_one_lane_is_raised_and_leaves_no_trace() -> None:
             return module(part)  # type: ignore[no-any-return]
 
     with pytest.raises(ZeroDivisionError), AttentionCapture(module) as capture:
-        in_lanes(work, images, tokens=200)
+        map_parts(work, images, tokens=200)
     assert module.training
     assert all(parameter.requires_grad for parameter in module.parameters())
 
@@ -160,7 +160,7 @@ def test_batches_fill_the_lanes() -> None:
 def test_accelerator_has_the_whole_batch_at_once() -> None:
     """The meta device stands for any but the processor."""
     batch = torch.empty(100, 3, device="meta")
-    (whole,) = in_lanes(lambda part: part, batch, tokens=200)
+    (whole,) = map_parts(lambda part: part, batch, tokens=200)
     assert whole is batch
 
 
@@ -179,7 +179,7 @@ def test_lanes_are_as_many_as_threads_of_torch(monkeypatch: pytest.MonkeyPatch) 
         together.wait(timeout=30)  # raises unless three threads have a part each
         return threading.current_thread().name
 
-    assert len(set(in_lanes(work, torch.zeros(3), tokens=800))) == 3
+    assert len(set(map_parts(work, torch.zeros(3), tokens=800))) == 3
 
 
 @pytest.mark.parametrize(("backend", "own"), [("OpenMP", True), ("native thread pool", False)])

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 import linear_oracles
 from comparison import EVIDENCE, GRADIENTS, LINEAR, RELEVANCE, ROLLOUTS, AnySetting, distance
 from tiny import CASES, TinyCase
-from vitviz.capture import AttentionCapture
-from vitviz.engine import class_requests, explain_batch
 from vitviz.errors import OptionError
-from vitviz.layout import blocks_of
-from vitviz.linearization import LinearizedBackward
-from vitviz.models import load_model
+from vitviz.explaining.batch import class_requests, explain_batch
+from vitviz.methods.linear_backward import LinearizedBackward
+from vitviz.models.capture import AttentionCapture
+from vitviz.models.model import load_model
+from vitviz.models.structure import blocks_of
 from vitviz.options import AttentionRule
 from zoo import Specimen, collect
 

@@ -41,9 +41,9 @@ from comparison import (
     traced,
 )
 from tiny import CASES, LARGE_CASES, TinyCase
-from vitviz.cli import app
-from vitviz.engine import explain_batch
-from vitviz.models import load_model
+from vitviz.cli.app import app
+from vitviz.explaining.batch import explain_batch
+from vitviz.models.model import load_model
 
 SHARED = Path(__file__).parents[2] / "shared"
 WEIGHTS = SHARED / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"

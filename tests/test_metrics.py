@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vitviz.metrics import (
+from vitviz.evaluation.metrics import (
     Bootstrap,
     Interval,
     area_under,

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 import vitviz
 from fixtures_io import CLASSES, picture, save_pictures, tiny_model, tiny_module
 from vitviz.errors import ImageError, UnsupportedModelError, WeightsError
-from vitviz.images import find_sources
-from vitviz.ledger import Result
-from vitviz.models import Model, load_model
-from vitviz.options import Job, Kind, Method, MethodOptions, PictureOptions
-from vitviz.pipeline import run
+from vitviz.images.sources import find_sources
+from vitviz.models.model import Model, load_model
+from vitviz.options import Job, Method, MethodOptions, OutputKind, PictureOptions
+from vitviz.runs.pipeline import run
+from vitviz.runs.records import Result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,7 +147,7 @@ def test_numbers_that_are_not_finite_reach_python_as_an_error() -> None:
 
 def test_class_without_a_say_is_told_of_once_and_shows_no_heat(here: Path) -> None:
     method = MethodOptions(method=Method.GRAD_ROLLOUT, classes=(str(SILENT), "1"))
-    pictures = PictureOptions(kinds=(Kind.NPY, Kind.HEATMAP))
+    pictures = PictureOptions(kinds=(OutputKind.NPY, OutputKind.HEATMAP))
     results, said = explained(without_a_say(), method, pictures=pictures, batch_size=2)
     assert [result.status for result in results] == ["written"] * 3
     (warning,) = said

@@ -22,12 +22,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fixtures_io import picture
-from vitviz import outputs
 from vitviz.errors import OutputError
-from vitviz.explanation import Explanation, Prediction
-from vitviz.images import Frame, Source, sample_of
-from vitviz.options import Fit, Kind, Method
-from vitviz.outputs import (
+from vitviz.explaining.explanation import Explanation, Prediction
+from vitviz.images.fitting import InputTransform
+from vitviz.images.samples import sample_of
+from vitviz.images.sources import Source
+from vitviz.options import Fit, Method, OutputKind
+from vitviz.runs import files as outputs
+from vitviz.runs.files import (
     Provenance,
     encode,
     output_path,
@@ -51,7 +53,7 @@ OTHER = replace(MINE, recipe={"source_sha256": "cd"}, source="b.jpg", source_id=
 
 
 def explanation() -> Explanation:
-    frame = Frame(
+    frame = InputTransform(
         fit=Fit.SQUASH,
         size=(32, 48),
         patch=(16, 16),
@@ -65,7 +67,7 @@ def explanation() -> Explanation:
     )
 
 
-def path_of(key: str, method: Method, request: str | None, kind: Kind) -> str:
+def path_of(key: str, method: Method, request: str | None, kind: OutputKind) -> str:
     return str(output_path(OUT, Source(path=Path(key), key=key), method, request, kind))
 
 
@@ -75,18 +77,18 @@ def path_of(key: str, method: Method, request: str | None, kind: Kind) -> str:
 @pytest.mark.parametrize(
     ("method", "request_key", "kind", "expected"),
     [
-        (Method.ROLLOUT, None, Kind.OVERLAY, "rollout.png"),
-        (Method.ROLLOUT, None, Kind.HEATMAP, "rollout.heatmap.png"),
-        (Method.ROLLOUT, None, Kind.PANEL, "rollout.panel.png"),
-        (Method.ROLLOUT, None, Kind.NPY, "rollout.npy"),
-        (Method.GRAD_ROLLOUT, "c281", Kind.OVERLAY, "grad-rollout.c281.png"),
-        (Method.GRAD_ROLLOUT, "c281", Kind.HEATMAP, "grad-rollout.c281.heatmap.png"),
-        (Method.GRAD_ROLLOUT, "top1", Kind.PANEL, "grad-rollout.top1.panel.png"),
-        (Method.GRAD_ROLLOUT, "top5", Kind.NPY, "grad-rollout.top5.npy"),
+        (Method.ROLLOUT, None, OutputKind.OVERLAY, "rollout.png"),
+        (Method.ROLLOUT, None, OutputKind.HEATMAP, "rollout.heatmap.png"),
+        (Method.ROLLOUT, None, OutputKind.PANEL, "rollout.panel.png"),
+        (Method.ROLLOUT, None, OutputKind.NPY, "rollout.npy"),
+        (Method.GRAD_ROLLOUT, "c281", OutputKind.OVERLAY, "grad-rollout.c281.png"),
+        (Method.GRAD_ROLLOUT, "c281", OutputKind.HEATMAP, "grad-rollout.c281.heatmap.png"),
+        (Method.GRAD_ROLLOUT, "top1", OutputKind.PANEL, "grad-rollout.top1.panel.png"),
+        (Method.GRAD_ROLLOUT, "top5", OutputKind.NPY, "grad-rollout.top5.npy"),
     ],
 )
 def test_name_is_the_contracts(
-    method: Method, request_key: str | None, kind: Kind, expected: str
+    method: Method, request_key: str | None, kind: OutputKind, expected: str
 ) -> None:
     found = path_of("photos/cat.jpg", method, request_key, kind)
     assert found == f"vitviz-out/photos/cat.jpg.{expected}"
@@ -94,7 +96,7 @@ def test_name_is_the_contracts(
 
 @pytest.mark.parametrize("key", ["a", ".hidden", "a.b.c", "a b\n.png", "-x.png", "[red].png"])
 def test_odd_names_are_kept(key: str) -> None:
-    assert path_of(key, Method.ROLLOUT, None, Kind.OVERLAY) == f"vitviz-out/{key}.rollout.png"
+    assert path_of(key, Method.ROLLOUT, None, OutputKind.OVERLAY) == f"vitviz-out/{key}.rollout.png"
 
 
 LONG = ["x" * 251 + ".png", "é" * 120 + ".png", "猫" * 83 + ".jpg", "\U0001f408" * 62 + ".png"]
@@ -103,18 +105,18 @@ LONG += [os.fsdecode(b"\xe9" * 250 + b".png")]
 
 
 @pytest.mark.parametrize("key", LONG, ids=range(len(LONG)))
-@pytest.mark.parametrize("kind", Kind)
-def test_long_name_is_shortened_and_ends_in_its_digest(key: str, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", OutputKind)
+def test_long_name_is_shortened_and_ends_in_its_digest(key: str, kind: OutputKind) -> None:
     path = output_path(OUT, Source(path=Path(key), key=key), Method.GRAD_ROLLOUT, "c281", kind)
     name = os.fsencode(path.name)
     parts = [key, "grad-rollout", "c281"]
-    parts += [kind.value] if kind in (Kind.HEATMAP, Kind.PANEL) else []
-    whole = os.fsencode(".".join([*parts, "npy" if kind is Kind.NPY else "png"]))
+    parts += [kind.value] if kind in (OutputKind.HEATMAP, OutputKind.PANEL) else []
+    whole = os.fsencode(".".join([*parts, "npy" if kind is OutputKind.NPY else "png"]))
     if len(whole) <= 255:
         assert name == whole
         return
     assert 240 < len(name) <= 255
-    ending = b".npy" if kind is Kind.NPY else b".png"
+    ending = b".npy" if kind is OutputKind.NPY else b".png"
     digest = hashlib.sha256(whole).hexdigest()[:12].encode()
     assert name.endswith(digest + ending)
     if b"\xe9" * 9 not in name:
@@ -123,8 +125,10 @@ def test_long_name_is_shortened_and_ends_in_its_digest(key: str, kind: Kind) -> 
 
 def test_name_of_255_bytes_is_kept() -> None:
     key = "x" * (255 - len(".rollout.png"))
-    assert path_of(key, Method.ROLLOUT, None, Kind.OVERLAY).endswith("/" + key + ".rollout.png")
-    assert key + "x" not in path_of(key + "x", Method.ROLLOUT, None, Kind.OVERLAY)
+    assert path_of(key, Method.ROLLOUT, None, OutputKind.OVERLAY).endswith(
+        "/" + key + ".rollout.png"
+    )
+    assert key + "x" not in path_of(key + "x", Method.ROLLOUT, None, OutputKind.OVERLAY)
 
 
 def test_shortened_names_stay_apart() -> None:
@@ -132,14 +136,14 @@ def test_shortened_names_stay_apart() -> None:
         path_of("猫" * 83 + tail, Method.GRAD_ROLLOUT, request, kind)
         for tail in (".jpg", ".png")
         for request in ("c1", "c2", "top1")
-        for kind in Kind
+        for kind in OutputKind
     }
     assert len(names) == 2 * 3 * 4
 
 
 def test_shortened_name_can_be_written(tmp_path: Path) -> None:
     source = Source(path=Path("a"), key="é" * 125 + ".png")
-    path = output_path(tmp_path, source, Method.ROLLOUT, None, Kind.PANEL)
+    path = output_path(tmp_path, source, Method.ROLLOUT, None, OutputKind.PANEL)
     write_whole(path, b"x", MINE)
     assert path.read_bytes() == b"x"
 
@@ -147,8 +151,8 @@ def test_shortened_name_can_be_written(tmp_path: Path) -> None:
 # What made a file
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_provenance_travels_inside_the_file(tmp_path: Path, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", OutputKind)
+def test_provenance_travels_inside_the_file(tmp_path: Path, kind: OutputKind) -> None:
     path = output_path(tmp_path, Source(path=Path("a"), key="a"), Method.ROLLOUT, None, kind)
     path.write_bytes(encode(explanation(), kind, MINE))
     assert read_provenance(path) == MINE
@@ -157,7 +161,7 @@ def test_provenance_travels_inside_the_file(tmp_path: Path, kind: Kind) -> None:
 def test_npy_gives_the_relevance(tmp_path: Path) -> None:
     made = explanation()
     path = tmp_path / "a.npy"
-    path.write_bytes(encode(made, Kind.NPY, MINE))
+    path.write_bytes(encode(made, OutputKind.NPY, MINE))
     loaded = np.load(path)
     assert loaded.dtype == np.float32
     assert loaded.shape == (2, 3)
@@ -165,14 +169,14 @@ def test_npy_gives_the_relevance(tmp_path: Path) -> None:
     assert np.array_equal(np.load(path, mmap_mode="r"), made.relevance)
 
 
-@pytest.mark.parametrize("kind", [Kind.OVERLAY, Kind.HEATMAP, Kind.PANEL])
-def test_png_is_a_plain_rgb_picture(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [OutputKind.OVERLAY, OutputKind.HEATMAP, OutputKind.PANEL])
+def test_png_is_a_plain_rgb_picture(kind: OutputKind) -> None:
     with Image.open(io.BytesIO(encode(explanation(), kind, MINE))) as image:
         assert (image.format, image.mode) == ("PNG", "RGB")
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_same_map_gives_the_same_bytes(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", OutputKind)
+def test_same_map_gives_the_same_bytes(kind: OutputKind) -> None:
     assert encode(explanation(), kind, MINE) == encode(explanation(), kind, MINE)
 
 
@@ -217,7 +221,7 @@ FOREIGN_PNG = {
     "other-keys": png_with('{"predictions": [], "who": 1}'),
     "bad-predictions": png_with('{"predictions": 5}'),
     "bad-recipe": png_with('{"predictions": [], "recipe": 1, "source": "", "source_id": ""}'),
-    "half": encode(explanation(), Kind.OVERLAY, MINE)[:60],
+    "half": encode(explanation(), OutputKind.OVERLAY, MINE)[:60],
     "deep": png_with("[" * 100_000),
 }
 FOREIGN_NPY = {
@@ -297,18 +301,18 @@ def test_pipe_in_the_way_never_blocks(tmp_path: Path, name: str) -> None:
     assert isinstance(outcome[0], OutputError)
 
 
-@pytest.mark.parametrize("kind", [Kind.OVERLAY, Kind.NPY])
-def test_file_made_from_another_source_stays(tmp_path: Path, kind: Kind) -> None:
-    path = tmp_path / ("a.npy" if kind is Kind.NPY else "a.png")
+@pytest.mark.parametrize("kind", [OutputKind.OVERLAY, OutputKind.NPY])
+def test_file_made_from_another_source_stays(tmp_path: Path, kind: OutputKind) -> None:
+    path = tmp_path / ("a.npy" if kind is OutputKind.NPY else "a.png")
     path.write_bytes(before := encode(explanation(), kind, OTHER))
     with pytest.raises(OutputError, match="made from b.jpg"):
         write_whole(path, b"new", MINE)
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", [Kind.OVERLAY, Kind.NPY])
-def test_rerun_replaces_its_own(tmp_path: Path, kind: Kind) -> None:
-    path = tmp_path / ("a.npy" if kind is Kind.NPY else "a.png")
+@pytest.mark.parametrize("kind", [OutputKind.OVERLAY, OutputKind.NPY])
+def test_rerun_replaces_its_own(tmp_path: Path, kind: OutputKind) -> None:
+    path = tmp_path / ("a.npy" if kind is OutputKind.NPY else "a.png")
     earlier = replace(MINE, recipe={"source_sha256": "old bytes"}, class_label=None)
     path.write_bytes(encode(explanation(), kind, earlier))
     write_whole(path, b"new", MINE)
@@ -335,7 +339,7 @@ def test_nothing_remains_of_a_file_that_was_not_finished(
         raise error
 
     if step == "replace":
-        (tmp_path / "a.png").write_bytes(encode(explanation(), Kind.OVERLAY, MINE))
+        (tmp_path / "a.png").write_bytes(encode(explanation(), OutputKind.OVERLAY, MINE))
     before = [path.read_bytes() for path in tmp_path.iterdir()]
     monkeypatch.setattr(Path, step, fail)
     expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
@@ -347,7 +351,7 @@ def test_nothing_remains_of_a_file_that_was_not_finished(
 
 def test_old_file_survives_a_failed_rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(before := encode(explanation(), Kind.OVERLAY, MINE))
+    path.write_bytes(before := encode(explanation(), OutputKind.OVERLAY, MINE))
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -409,7 +413,7 @@ def test_provenance_of_a_missing_file_is_none(tmp_path: Path) -> None:
 
 def test_provenance_is_readable_json(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(encode(explanation(), Kind.OVERLAY, MINE))
+    path.write_bytes(encode(explanation(), OutputKind.OVERLAY, MINE))
     with Image.open(path) as image:
         stored = json.loads(image.info["vitviz"])
     assert stored["class_label"] == "tabby, tabby cat"
@@ -424,7 +428,7 @@ def test_name_taken_meanwhile_by_a_map_of_another_source_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     path = tmp_path / "a.png"
-    theirs = encode(explanation(), Kind.OVERLAY, OTHER)
+    theirs = encode(explanation(), OutputKind.OVERLAY, OTHER)
     write = Path.write_bytes
 
     def write_after_them(temporary: Path, content: bytes) -> int:
@@ -445,7 +449,7 @@ def test_name_taken_meanwhile_by_the_same_map_is_replaced(
     write = Path.write_bytes
 
     def write_after_them(temporary: Path, content: bytes) -> int:
-        write(tmp_path / "a.png", encode(explanation(), Kind.OVERLAY, MINE))
+        write(tmp_path / "a.png", encode(explanation(), OutputKind.OVERLAY, MINE))
         return write(temporary, content)
 
     monkeypatch.setattr(Path, "write_bytes", write_after_them)
@@ -550,7 +554,7 @@ def test_machine_is_known_by_its_name_where_it_has_no_namespaces(
 
 
 def test_maker_of_a_large_array_is_read_without_the_array(tmp_path: Path) -> None:
-    content = encode(explanation(), Kind.NPY, MINE)
+    content = encode(explanation(), OutputKind.NPY, MINE)
     with io.BytesIO(content) as file:
         np.load(file)
         maker = content[file.tell() :]

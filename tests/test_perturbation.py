@@ -10,12 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fixtures_io import SIZE, tiny_model
-from vitviz.labels import Labels
-from vitviz.layout import Readout, TokenLayout
-from vitviz.metrics import area_under
-from vitviz.models import Model, Preprocessing
-from vitviz.options import Convention
-from vitviz.perturbation import (
+from vitviz.evaluation.metrics import area_under
+from vitviz.evaluation.perturbation import (
     PERTURBATIONS,
     Curves,
     Perturbation,
@@ -27,6 +23,11 @@ from vitviz.perturbation import (
     seen_size,
     upsample,
 )
+from vitviz.models.labels import Labels
+from vitviz.models.model import Model
+from vitviz.models.preprocessing import Preprocessing
+from vitviz.models.tokens import Readout, TokenLayout
+from vitviz.options import Convention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

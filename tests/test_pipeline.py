@@ -14,18 +14,19 @@ from PIL import Image
 
 import vitviz
 from fixtures_io import picture, save_pictures, tiny_model, tiny_module
-from vitviz import ledger, pipeline
 from vitviz.errors import ImageError, LabelError, OptionError, SourceError, VitvizError
-from vitviz.images import Source, find_sources
-from vitviz.ledger import Result, run_record
-from vitviz.models import load_model
-from vitviz.options import Fit, Job, Kind, Method, MethodOptions, PictureOptions
-from vitviz.pipeline import run
+from vitviz.images.sources import Source, find_sources
+from vitviz.models.model import load_model
+from vitviz.options import Fit, Job, Method, MethodOptions, OutputKind, PictureOptions
+from vitviz.runs import pipeline
+from vitviz.runs import records as ledger
+from vitviz.runs.pipeline import run
+from vitviz.runs.records import Result, run_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GRADIENT = MethodOptions(method=Method.GRAD_ROLLOUT, classes=("3", "top2"))
-NPY = PictureOptions(kinds=(Kind.NPY,))
+NPY = PictureOptions(kinds=(OutputKind.NPY,))
 
 
 @pytest.fixture
@@ -344,7 +345,9 @@ def test_output_that_would_overwrite_a_source_is_refused(here: Path) -> None:
 def test_all_classes_and_kinds_are_written(here: Path) -> None:
     save_pictures(here, ["a.png"])
     (found,) = results(
-        find_sources(["a.png"])[0], method=GRADIENT, pictures=PictureOptions(kinds=tuple(Kind))
+        find_sources(["a.png"])[0],
+        method=GRADIENT,
+        pictures=PictureOptions(kinds=tuple(OutputKind)),
     )
     endings = [".png", ".heatmap.png", ".panel.png", ".npy"]
     expected = [
@@ -470,13 +473,15 @@ def test_image_that_there_is_no_memory_to_draw_fails_alone(
     real = ledger.encode
 
     def encode(explanation: Any, kind: Any, provenance: Any) -> bytes:
-        if provenance.source == "p/1.png" and kind is Kind.NPY:
+        if provenance.source == "p/1.png" and kind is OutputKind.NPY:
             raise MemoryError
         return real(explanation, kind, provenance)
 
     monkeypatch.setattr(ledger, "encode", encode)
-    kinds = PictureOptions(kinds=(Kind.OVERLAY, Kind.NPY))
+    kinds = PictureOptions(kinds=(OutputKind.OVERLAY, OutputKind.NPY))
     found = results(find_sources(["p"])[0], pictures=kinds)
     assert [result.status for result in found] == ["written", "failed", "written"]
-    assert [output.kind for output in found[1].outputs] == [Kind.OVERLAY]  # told, since it is there
+    assert [output.kind for output in found[1].outputs] == [
+        OutputKind.OVERLAY
+    ]  # told, since it is there
     assert found[1].error

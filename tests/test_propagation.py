@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitviz import propagation
-from vitviz.capture import AttentionRecord, GivenAttention
+from vitviz.methods import propagation
+from vitviz.methods.propagation import Fusion, attention_rollout, fuse_heads, pooled_readout
+from vitviz.models.attention import AttentionRecord, MaterializedAttention
 from vitviz.options import HeadFusion
-from vitviz.propagation import Fusion, attention_rollout, fuse_heads, pooled_readout
 
 EVERYTHING = slice(None)
 
@@ -61,7 +61,7 @@ def test_pooling_attention_of_nothing_is_not_a_number() -> None:
 
 
 def test_what_talking_heads_made_negative_gathers_nothing() -> None:
-    given = GivenAttention(attention=drawn(2, 3, 4, 4) - 0.5, output=None)
+    given = MaterializedAttention(attention=drawn(2, 3, 4, 4) - 0.5, output=None)
     fused = fuse_heads(given, HeadFusion.MAX)(EVERYTHING, EVERYTHING)
     expected = given.attention.clamp(min=0).amax(dim=1, keepdim=True)
     assert torch.equal(fused, expected)

@@ -9,9 +9,9 @@ import pytest
 import typer.main
 
 from fixtures_io import ROOT
-from vitviz.building import ALIASES
-from vitviz.cli import app
-from vitviz.options import Colormap, Fit, HeadFusion, Kind
+from vitviz.cli.app import app
+from vitviz.models.names import ALIASES
+from vitviz.options import Colormap, Fit, HeadFusion, OutputKind
 
 README = ROOT / "README.md"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ def test_readme_names_the_option(text: str, option: str) -> None:
     assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), f"{option} is missing"
 
 
-@pytest.mark.parametrize("word", [*Kind, *Fit, *HeadFusion, *Colormap])
+@pytest.mark.parametrize("word", [*OutputKind, *Fit, *HeadFusion, *Colormap])
 def test_readme_names_the_choice(text: str, word: str) -> None:
     assert re.search(rf"\b{word}\b", text)
 

@@ -15,12 +15,12 @@ from comparison import GRADIENTS, LINEAR, ROLLOUTS, AnySetting, distance, loaded
 from fixtures_io import picture, tiny_model
 from oracles import Array
 from tiny import CASES, TinyCase
-from vitviz.cli import main
-from vitviz.engine import explain_batch
+from vitviz.cli.app import main
 from vitviz.errors import OptionError
-from vitviz.models import load_model
+from vitviz.explaining.batch import explain_batch
+from vitviz.methods.refinement import Shift, place_back, shifted, shifts
+from vitviz.models.model import load_model
 from vitviz.options import Method, MethodOptions
-from vitviz.refinement import Shift, place_back, shifted, shifts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

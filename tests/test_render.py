@@ -11,10 +11,14 @@ import pytest
 from PIL import Image
 
 from fixtures_io import picture
-from vitviz.explanation import Explanation
-from vitviz.images import Frame, ImageSample, Region, Source, sample_of
+from vitviz.explaining.explanation import Explanation
+from vitviz.images.fitting import InputTransform, Region
+from vitviz.images.samples import ImageSample, sample_of
+from vitviz.images.sources import Source
 from vitviz.options import Colormap, Fit, Method, PictureOptions
-from vitviz.render import color_heat, normalize, overlay, panel, place_heat
+from vitviz.pictures.colors import color_heat
+from vitviz.pictures.heat import normalize, place_heat
+from vitviz.pictures.sheets import overlay, panel
 
 WHOLE = Region()
 
@@ -259,7 +263,7 @@ def test_overlay_leaves_the_rest_of_the_picture_untouched(alpha: float) -> None:
 
 
 def sample(height: int, width: int, fit: Fit, max_size: int = 1024) -> ImageSample:
-    frame = Frame(
+    frame = InputTransform(
         fit=fit,
         size=(64, 64),
         patch=(16, 16),
@@ -313,7 +317,7 @@ def test_crop_leaves_the_rest_of_the_picture_untouched(shape: tuple[int, int]) -
 def test_crop_lies_where_the_model_looked() -> None:
     # A picture whose columns are numbered: what the model saw tells where it came from.
     columns = np.tile(np.arange(200, dtype=np.uint8), (64, 1))
-    frame = Frame(
+    frame = InputTransform(
         fit=Fit.CROP,
         size=(64, 64),
         patch=(16, 16),
@@ -415,7 +419,7 @@ def test_evidence_is_drawn_with_its_sign() -> None:
     sample = sample_of(
         pixels,
         "gray",
-        Frame(
+        InputTransform(
             fit=Fit.SQUASH,
             size=(8, 8),
             patch=(4, 4),

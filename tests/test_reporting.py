@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from vitviz.images import Source
-from vitviz.ledger import Result
-from vitviz.reporting import Reporter, discard
+from vitviz.cli.reporter import Reporter, discard
+from vitviz.images.sources import Source
+from vitviz.runs.records import Result
 
 SCENES = Path(__file__).parents[1] / "sample_images" / "scenes"
 

@@ -1,8 +1,9 @@
-"""The rooms of the package import downwards only."""
+"""The house: folders and rooms import downwards only, and each loads no more than it needs."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,32 +12,32 @@ import vitviz
 
 PACKAGE = Path(vitviz.__file__).parent
 
-# A room may import only rooms named before it.
-ORDER = (
-    *(
-        "errors",
-        "options",
-        "streaming",
-        "capture",
-        "trace",
-        "propagation",
-        "linearization",
-        "refinement",
-        "sanity",
-        "layout",
-        "labels",
-        "weights",
-    ),
-    *("building", "models", "support", "images", "render", "explanation", "outputs"),
-    *("lanes", "engine", "ledger", "pipeline"),
-    *("metrics", "perturbation", "annotations", "examination", "evaluation", "chart", "exhibits"),
-    *("api", "anatomy", "console", "scoreboard", "reporting", "cli", "__main__"),
+# A floor may import only floors named before it.
+FLOORS = (
+    *("errors", "options", "streaming", "models", "images", "methods", "pictures", "explaining"),
+    *("inspection", "runs", "evaluation", "api", "cli", "__main__"),
 )
-ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+ROOMS = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py" and "demo" not in path.parts
+)
 TORCHLESS = (
-    *("errors", "options", "labels", "images", "render", "explanation", "outputs"),
-    *("metrics", "annotations", "chart", "cli"),
+    *("errors", "options", "models.labels", "images.sources", "images.samples"),
+    *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.files"),
+    *("evaluation.metrics", "evaluation.annotations", "evaluation.chart", "cli.app"),
 )
+LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FUNCTION = 400, 50, 10
+
+
+def _path(room: str) -> Path:
+    path = PACKAGE.joinpath(*room.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def _tree(room: str) -> ast.Module:
+    return ast.parse(_path(room).read_text(encoding="utf-8"))
 
 
 def _is_type_checking(node: ast.AST) -> bool:
@@ -48,47 +49,71 @@ def _imports(room: str, *, lazy: bool = True) -> set[str]:
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
-        if room == "cli" and _is_type_checking(node):
-            return
         if not lazy and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return
+        if not lazy and _is_type_checking(node):
             return
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{room} imports relatively"
             assert node.module
-            if node.module == "vitviz":
-                found.update(f"vitviz.{alias.name}" for alias in node.names)
-            else:
-                found.add(node.module)
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8")))
+    visit(_tree(room))
     return found
 
 
-def _rooms_used(room: str) -> set[str]:
-    used = {name.split(".")[1] for name in _imports(room) if name.startswith("vitviz.")}
-    return used & set(ROOMS)
+def _rooms_used(room: str, *, lazy: bool = True) -> set[str]:
+    names = {name.removeprefix("vitviz.") for name in _imports(room, lazy=lazy)}
+    return names & set(ROOMS) - {room}
+
+
+def _floor(room: str) -> str:
+    return room.partition(".")[0]
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_room_has_a_place(room: str) -> None:
-    assert room in ORDER
+def test_every_room_is_on_a_floor(room: str) -> None:
+    assert _floor(room) in FLOORS
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_room_imports_only_rooms_above_it(room: str) -> None:
-    above = set(ORDER[: ORDER.index(room)])
-    assert _rooms_used(room) <= above, f"{room} imports {_rooms_used(room) - above}"
+def test_room_imports_only_its_own_floor_and_those_below(room: str) -> None:
+    below = set(FLOORS[: FLOORS.index(_floor(room)) + 1])
+    used = {other for other in _rooms_used(room) if _floor(other) not in below}
+    assert not used, f"{room} imports {used}"
+
+
+def test_rooms_of_a_floor_import_each_other_in_one_direction() -> None:
+    done: set[str] = set()
+    pending = {room: _rooms_used(room) for room in ROOMS}
+    while pending:
+        free = [room for room, used in pending.items() if used <= done]
+        assert free, f"a circle of imports among {sorted(pending)}"
+        done.update(free)
+        for room in free:
+            del pending[room]
+
+
+@pytest.mark.parametrize("floor", [floor for floor in FLOORS if (PACKAGE / floor).is_dir()])
+def test_folder_says_what_it_holds_and_what_it_never_does(floor: str) -> None:
+    text = ast.get_docstring(_tree(floor)) or ""
+    assert "never" in text.splitlines()[0] or "nothing" in text.splitlines()[0], text
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_says_what_it_holds(room: str) -> None:
+    assert ast.get_docstring(_tree(room))
 
 
 def test_no_room_hides_its_imports_from_the_type_checker() -> None:
     for room in ROOMS:
-        tree = ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
-        hidden = [node for node in ast.walk(tree) if _is_type_checking(node)]
-        assert room == "cli" or not hidden, room
+        hidden = [node for node in ast.walk(_tree(room)) if _is_type_checking(node)]
+        assert _floor(room) == "cli" or not hidden, room
 
 
 @pytest.mark.parametrize("room", TORCHLESS)
@@ -99,33 +124,48 @@ def test_room_loads_no_torch(room: str) -> None:
         if current in seen:
             continue
         seen.add(current)
-        names = _imports(current, lazy=False)
-        heavy = {name for name in names if name.split(".")[0] in ("torch", "timm")}
+        heavy = {name.split(".")[0] for name in _imports(current, lazy=False)} & {"torch", "timm"}
         assert not heavy, f"{room} → {current} imports {heavy}"
-        pending += [
-            name.split(".")[1]
-            for name in names
-            if name.startswith("vitviz.") and name.split(".")[1] in ROOMS
-        ]
+        pending += _rooms_used(current, lazy=False)
 
 
 def test_package_itself_imports_no_room() -> None:
-    assert not {name for name in _imports("__init__") if name.startswith("vitviz")}
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    imported = [ast.unparse(node) for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert not [text for text in imported if "vitviz" in text]
 
 
-def test_only_cli_and_reporting_and_console_print_or_leave() -> None:
-    for room in set(ROOMS) - {"cli", "console", "scoreboard", "reporting", "__main__"}:
-        names = _imports(room)
-        assert not names & {"rich", "typer", "click"}, room
-        tree = ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
-        calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        assert not {"print", "sys.exit", "exit", "quit"} & set(calls), room
+def test_only_the_command_line_prints_or_leaves() -> None:
+    for room in ROOMS:
+        if _floor(room) in ("cli", "__main__"):
+            continue
+        tops = {name.split(".")[0] for name in _imports(room)}
+        assert not tops & {"rich", "typer", "click"}, room
+        calls = [node for node in ast.walk(_tree(room)) if isinstance(node, ast.Call)]
+        names = {ast.unparse(node.func) for node in calls}
+        assert not {"print", "sys.exit", "exit", "quit"} & names, room
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_is_too_long_to_read(room: str) -> None:
+    assert len(_path(room).read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+
+
+def test_functions_are_short() -> None:
+    lengths = {
+        f"{room}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for room in ROOMS
+        for node in ast.walk(_tree(room))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION}
+    assert sorted(lengths.values())[len(lengths) // 2] <= MEDIAN_FUNCTION
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "__main__"])
 def test_every_public_name_of_a_room_is_there(room: str) -> None:
     module = __import__(f"vitviz.{room}", fromlist=["__all__"])
-    for name in module.__all__:
+    for name in getattr(module, "__all__", ()):
         assert hasattr(module, name), name
 
 

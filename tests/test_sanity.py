@@ -13,13 +13,13 @@ import vitviz
 from comparison import loaded, traced
 from fixtures_io import picture, save_pictures, tiny_model, tiny_module
 from tiny import CASES, TinyCase
-from vitviz.engine import explain_batch
-from vitviz.explanation import Doubt, Sanity
-from vitviz.images import find_sources
-from vitviz.models import load_model
+from vitviz.explaining.batch import explain_batch
+from vitviz.explaining.explanation import Caveat, Diagnostics
+from vitviz.images.sources import find_sources
+from vitviz.methods.diagnostics import leverage, outlier_tokens, prefix_attention
+from vitviz.models.model import load_model
 from vitviz.options import Job, Method, MethodOptions
-from vitviz.pipeline import run
-from vitviz.sanity import leverage, outlier_tokens, prefix_attention
+from vitviz.runs.pipeline import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SOUND: dict[str, Any] = {
@@ -59,23 +59,23 @@ def test_leverage_bounds_what_wiping_out_a_token_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "doubt"),
+    ("changed", "caveat"),
     [
-        ({"prefix_attention": 0.51}, Doubt.PREFIX),
-        ({"outlier_tokens": 1}, Doubt.OUTLIERS),
-        ({"contrast": 0.04}, Doubt.EVEN),
-        ({"contrast": 1e-6}, Doubt.FLAT_FOR_CLASS),
-        ({"contrast": 0.0, "leverage": None}, Doubt.FLAT),
-        ({"leverage": 1e-4}, Doubt.POWERLESS),
+        ({"prefix_attention": 0.51}, Caveat.PREFIX),
+        ({"outlier_tokens": 1}, Caveat.OUTLIERS),
+        ({"contrast": 0.04}, Caveat.EVEN),
+        ({"contrast": 1e-6}, Caveat.FLAT_FOR_CLASS),
+        ({"contrast": 0.0, "leverage": None}, Caveat.FLAT),
+        ({"leverage": 1e-4}, Caveat.POWERLESS),
     ],
 )
-def test_what_may_mislead_is_doubted(changed: dict[str, Any], doubt: Doubt) -> None:
-    assert Sanity(**{**SOUND, **changed}).doubts() == [doubt]
+def test_what_may_mislead_is_doubted(changed: dict[str, Any], caveat: Caveat) -> None:
+    assert Diagnostics(**{**SOUND, **changed}).caveats() == [caveat]
 
 
 def test_sound_map_is_not_doubted() -> None:
-    assert not Sanity(**SOUND).doubts()
-    assert not Sanity(**{**SOUND, "leverage": None}).doubts()
+    assert not Diagnostics(**SOUND).caveats()
+    assert not Diagnostics(**{**SOUND, "leverage": None}).caveats()
 
 
 @pytest.mark.parametrize("method", list(Method))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import timm
 
-from vitviz import support
-from vitviz.building import build_skeleton
-from vitviz.support import Support, judge, support_of, survey_models
+from vitviz.models import catalogue as support
+from vitviz.models.building import build_skeleton
+from vitviz.models.catalogue import Support, judge, support_of, survey_models
 
 NAME = "test_vit"
 

@@ -23,7 +23,7 @@ from vitviz.demo import CLASSES
 from vitviz.demo import train as room
 from vitviz.demo.scenes import HELD_OUT, Scene, SceneStyle, as_input, paint_scene
 from vitviz.demo.train import CURRICULUM, Round, train
-from vitviz.models import load_model
+from vitviz.models.model import load_model
 
 # What has hardly learned yet may look nowhere.
 pytestmark = pytest.mark.filterwarnings("ignore:no heat at all")

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from fixtures_io import tiny_module
 from vitviz.errors import UnsupportedModelError
-from vitviz.layout import Readout
-from vitviz.models import load_model
+from vitviz.models.model import load_model
+from vitviz.models.tokens import Readout
 
 ROWS, COLS = 3, 5
 PATCHES = ROWS * COLS

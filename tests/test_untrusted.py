@@ -31,9 +31,9 @@ from fixtures_io import (
     tiny_state,
 )
 from vitviz.errors import VitvizError, WeightsError
-from vitviz.labels import Labels
-from vitviz.models import load_model
-from vitviz.weights import read_checkpoint
+from vitviz.models.checkpoints import read_checkpoint
+from vitviz.models.labels import Labels
+from vitviz.models.model import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fixtures_io import NAME, SIZE, at_most, run_process, save_tiny, tiny_module, tiny_state
 from vitviz.errors import WeightsError
-from vitviz.models import Model, load_model
-from vitviz.weights import digest_weights, fetch_from_hub, read_checkpoint
+from vitviz.models.checkpoints import digest_weights, read_checkpoint
+from vitviz.models.hub import fetch_from_hub
+from vitviz.models.model import Model, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

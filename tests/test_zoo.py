@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from vitviz.building import build_skeleton
 from vitviz.errors import UnsupportedModelError
-from vitviz.layout import Readout, read_layout
-from vitviz.models import preprocessing_of
+from vitviz.models.building import build_skeleton
+from vitviz.models.preprocessing import preprocessing_of
+from vitviz.models.tokens import Readout, read_layout
 from zoo import (
     GRID,
     Specimen,

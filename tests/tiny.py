@@ -29,7 +29,7 @@ class TinyCase:
     """A tiny model and what is true of it.
 
     Attributes:
-        name: Kind of token layout.
+        name: OutputKind of token layout.
         architecture: Makes the model, with weights yet to be drawn.
         readout: w (N) for a number of tokens N.
         prefix_tokens: Tokens before the patch tokens.

@@ -25,9 +25,9 @@ import oracles
 from comparison import LINEAR, SHARED_EVIDENCE, AnySetting, LinearSetting, Setting, distance
 from linear_oracles import ImageTrace, LinearTrace
 from oracles import Array
-from vitviz.engine import explain_batch
 from vitviz.errors import OptionError
-from vitviz.models import Model, load_model
+from vitviz.explaining.batch import explain_batch
+from vitviz.models.model import Model, load_model
 
 GRID = (4, 5)
 CLASSES = 7

@@ -18,7 +18,7 @@ def main() -> NoReturn:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave_at_once)
-    from vitviz.cli import main as run
+    from vitviz.cli.app import main as run
 
     try:
         run()

@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from vitviz.errors import OptionError
-from vitviz.evaluation import Evaluation, summarize
-from vitviz.examination import Subject, examine, subjects_of
-from vitviz.explanation import Explanation
-from vitviz.images import Source
-from vitviz.models import Model
+from vitviz.evaluation.measuring import examine
+from vitviz.evaluation.summary import Evaluation, summarize
+from vitviz.evaluation.tasks import AnnotatedImage, annotated_images
+from vitviz.explaining.explanation import Explanation
+from vitviz.images.sources import Source
+from vitviz.models.model import Model
 from vitviz.options import (
     AttentionRule,
     Convention,
@@ -27,9 +28,19 @@ from vitviz.options import (
     MethodOptions,
     PictureOptions,
 )
-from vitviz.pipeline import explain, require_inputs
+from vitviz.runs.pipeline import explain, require_inputs
 
-__all__ = ["attention", "evaluate", "evidence", "grad_rollout", "relevance", "rollout"]
+__all__ = [
+    "Classes",
+    "Images",
+    "attention",
+    "evaluate",
+    "evidence",
+    "grad_rollout",
+    "relevance",
+    "rollout",
+]
+
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]]
 Classes = int | str | Iterable[int | str]
@@ -293,14 +304,14 @@ def _subjects(
     images: Images,
     masks: str | os.PathLike[str] | Sequence[Any] | None,
     truth: Sequence[int] | None,
-) -> list[Subject]:
+) -> list[AnnotatedImage]:
     """Put together what is known about each image."""
     given = list(images)
     if isinstance(masks, (str, os.PathLike)):
-        found = subjects_of(map(_source, range(len(given)), given), masks=Path(masks))
+        found = annotated_images(map(_source, range(len(given)), given), masks=Path(masks))
         of_each: list[Any] = [subject.mask for subject in found]
     else:
-        found = subjects_of(map(_source, range(len(given)), given))
+        found = annotated_images(map(_source, range(len(given)), given))
         of_each = [None] * len(given) if masks is None else list(masks)
     classes = [None] * len(given) if truth is None else list(truth)
     if not len(given) == len(of_each) == len(classes):

@@ -17,6 +17,7 @@ __all__ = [
     "UnsupportedModelError",
     "VitvizError",
     "WeightsError",
+    "first_line",
     "printable",
     "reason",
 ]
@@ -77,3 +78,9 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
         for char in text
     )
+
+
+def first_line(error: object) -> str:
+    """Return the first line of what an error says, or its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,6 @@ from typing import Any
 from vitviz.errors import OptionError
 
 __all__ = [
-    "VARIANTS",
     "AttentionRule",
     "Colormap",
     "Convention",
@@ -20,11 +19,12 @@ __all__ = [
     "Fit",
     "HeadFusion",
     "Job",
-    "Kind",
+    "OutputKind",
     "Method",
     "MethodOptions",
     "PictureOptions",
     "Precision",
+    "VARIANTS",
     "variant",
 ]
 
@@ -98,7 +98,7 @@ class Convention(_Word):
     CHEFER2021 = "chefer2021"
 
 
-class Kind(_Word):
+class OutputKind(_Word):
     """What is written for each map."""
 
     OVERLAY = "overlay"
@@ -190,7 +190,7 @@ class MethodOptions:
         is_averaged = self.method is Method.RELEVANCE and not self.classic
         return is_averaged and self.start_layer is None
 
-    def described(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Return the options that shape this method's maps, for records and provenance."""
         options: dict[str, Any] = {"refine": self.refine}
         if self.method is Method.ATTENTION:
@@ -245,7 +245,7 @@ class PictureOptions:
         max_size: Longest side of the pictures, in pixels.
     """
 
-    kinds: tuple[Kind, ...] = (Kind.OVERLAY,)
+    kinds: tuple[OutputKind, ...] = (OutputKind.OVERLAY,)
     colormap: Colormap | None = None
     alpha: float = 0.5
     max_size: int = 1024
@@ -265,15 +265,15 @@ class PictureOptions:
         """Return the colour table for a method's maps."""
         return self.colormap or (Colormap.REDBLUE if method.is_signed else Colormap.TURBO)
 
-    def described(self, kind: Kind, method: Method) -> dict[str, str | float]:
+    def to_record(self, kind: OutputKind, method: Method) -> dict[str, str | float]:
         """Return the options that shape a file of this kind, for records and provenance."""
-        if kind is Kind.NPY:
+        if kind is OutputKind.NPY:
             return {}
         options: dict[str, str | float] = {
             "colormap": self.table(method).value,
             "max_size": self.max_size,
         }
-        if kind is not Kind.HEATMAP:
+        if kind is not OutputKind.HEATMAP:
             options["alpha"] = self.alpha
         return options
 

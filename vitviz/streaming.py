@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["Portions", "in_batches", "map_ahead", "stop_with", "worker_threads"]
+__all__ = ["AdaptiveBatches", "in_batches", "map_ahead", "stop_with", "worker_threads"]
+
 
 _Before = TypeVar("_Before")
 _After = TypeVar("_After")
@@ -149,7 +150,7 @@ def _in_order(numbered: Iterable[tuple[int, _After]]) -> Iterator[_After]:
             following += 1
 
 
-class Portions:
+class AdaptiveBatches:
     """Works on images of one shape, as many at once as there is memory for."""
 
     def __init__(self, size: int, warn: Callable[[str], None], *, copies: int = 1) -> None:

@@ -15,9 +15,9 @@ from tests.bench.figures import Figure, Goal, Report, Setting
 from tests.bench.photographs import photographs
 from tests.bench.rounds import MEGABYTE, alternate, peak
 from tests.bench.subject import backward, build, forward, images_for
-from vitviz.engine import explain_batch
-from vitviz.lanes import in_lanes
-from vitviz.options import Kind, Method, MethodOptions
+from vitviz.explaining.batch import explain_batch
+from vitviz.explaining.parallel import map_parts
+from vitviz.options import Method, MethodOptions, OutputKind
 
 __all__ = ["BATCH", "long_sequence", "overhead", "throughput"]
 
@@ -46,7 +46,7 @@ def overhead(
     times = alternate(
         setting.rounds(15),
         plain=lambda: run(images),
-        side_by_side=lambda: in_lanes(run, images, tokens=model.layout.tokens),
+        side_by_side=lambda: map_parts(run, images, tokens=model.layout.tokens),
         vitviz=lambda: explain_batch(model, images, options),
     )
     label = f"{_described(options)}, batch {BATCH} ÷ {_named(plain)}{_on(device)}"
@@ -60,7 +60,7 @@ def overhead(
 
 
 def throughput(
-    setting: Setting, kind: Kind, *, goal: Goal | None = None, device: str = "cpu"
+    setting: Setting, kind: OutputKind, *, goal: Goal | None = None, device: str = "cpu"
 ) -> Report:
     """Compare images/s from files to files with those of the plain forward."""
     module = build(device=device)

@@ -14,7 +14,7 @@ from tests.bench.figures import Figure, Report, Setting
 from tests.bench.photographs import many_photographs
 from tests.bench.rounds import alternate
 from tests.bench.subject import build, forward, images_for
-from vitviz.engine import explain_batch
+from vitviz.explaining.batch import explain_batch
 from vitviz.options import MethodOptions
 
 __all__ = ["draw", "measure"]

@@ -19,8 +19,8 @@ from tests.bench.figures import Figure, Goal, Report, Row, Setting, SkippedError
 from tests.bench.photographs import large_photographs, many_photographs, photographs
 from tests.bench.rounds import MEGABYTE, alternate, command, peak, peak_so_far, reset_peak
 from tests.bench.subject import NAME, backward, build, forward, images_for, weights
-from vitviz.engine import explain_batch
-from vitviz.options import HeadFusion, Kind, Method, MethodOptions
+from vitviz.explaining.batch import explain_batch
+from vitviz.options import HeadFusion, Method, MethodOptions, OutputKind
 
 __all__ = ["ROWS"]
 
@@ -89,13 +89,13 @@ def evidence(setting: Setting) -> Report:
 @_row(photographs)
 def folder_overlays(setting: Setting) -> Report:
     """Photographs of 640 px to overlays: images/s ÷ those of the forward alone."""
-    return throughput(setting, Kind.OVERLAY, goal=Goal(limit=0.55, at_least=True))
+    return throughput(setting, OutputKind.OVERLAY, goal=Goal(limit=0.55, at_least=True))
 
 
 @_row(photographs)
 def folder_npy(setting: Setting) -> Report:
     """Photographs of 640 px to .npy files: images/s ÷ those of the forward alone."""
-    return throughput(setting, Kind.NPY, goal=Goal(limit=0.70, at_least=True))
+    return throughput(setting, OutputKind.NPY, goal=Goal(limit=0.70, at_least=True))
 
 
 @_row(photographs, large_photographs)
@@ -370,7 +370,7 @@ def cuda_grad_rollout(setting: Setting) -> Report:
 @_row(photographs, cuda=True)
 def cuda_folder_overlays(setting: Setting) -> Report:
     """On the GPU: photographs of 640 px to overlays."""
-    return throughput(setting, Kind.OVERLAY, device="cuda")
+    return throughput(setting, OutputKind.OVERLAY, device="cuda")
 
 
 def _grad_cam() -> Callable[..., Any]:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from tests.bench.figures import Setting
 from tests.bench.subject import weights
-from vitviz import pipeline
-from vitviz.images import Source, find_sources
-from vitviz.lanes import batch_size_for
-from vitviz.ledger import Result
-from vitviz.models import Model
-from vitviz.options import Job, Kind, PictureOptions
+from vitviz.explaining.parallel import batch_size_for
+from vitviz.images.sources import Source, find_sources
+from vitviz.models.model import Model
+from vitviz.options import Job, OutputKind, PictureOptions
+from vitviz.runs import pipeline
+from vitviz.runs.records import Result
 
 __all__ = [
     "batch_size",
@@ -39,14 +39,14 @@ def sources_in(folder: Path) -> list[Source]:
 
 
 def explain(
-    setting: Setting, model: Model, sources: Sequence[Source], kind: Kind = Kind.OVERLAY
+    setting: Setting, model: Model, sources: Sequence[Source], kind: OutputKind = OutputKind.OVERLAY
 ) -> None:
     """Take images through the whole pipeline, from files to files."""
     expect_written(results(setting, model, sources, kind))
 
 
 def results(
-    setting: Setting, model: Model, sources: Sequence[Source], kind: Kind = Kind.OVERLAY
+    setting: Setting, model: Model, sources: Sequence[Source], kind: OutputKind = OutputKind.OVERLAY
 ) -> Iterator[Result]:
     """Explain images as by default and yield what became of each."""
     job = Job(pictures=PictureOptions(kinds=(kind,)), output=_output(setting))

@@ -18,8 +18,8 @@ from rich.table import Table
 from vitviz.api import grad_rollout, rollout
 from vitviz.demo import CLASSES
 from vitviz.demo.scenes import Scene, paint_scene
-from vitviz.explanation import Explanation
-from vitviz.models import Model, load_model
+from vitviz.explaining.explanation import Explanation
+from vitviz.models.model import Model, load_model
 
 __all__ = ["FIRST_SEED", "Figures", "measure"]
 

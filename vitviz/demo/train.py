@@ -32,7 +32,7 @@ from vitviz.demo import CLASSES
 from vitviz.demo.evaluate import measure
 from vitviz.demo.muon import Muon
 from vitviz.demo.scenes import SceneStyle, as_input, paint_scene
-from vitviz.models import load_model
+from vitviz.models.model import load_model
 
 __all__ = ["CURRICULUM", "Round", "train"]
 

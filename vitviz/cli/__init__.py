@@ -1,0 +1,1 @@
+"""The command line: options, commands, what the terminal shows; computes nothing."""

@@ -1,0 +1,233 @@
+"""What a run says on the terminal: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from typing import Any, TextIO, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from vitviz.cli.evaluation_view import show_evaluation
+from vitviz.errors import OutputError, printable
+from vitviz.evaluation.measuring import ImageScores
+from vitviz.evaluation.summary import Evaluation
+from vitviz.images.sources import Source
+from vitviz.runs.records import Result
+
+__all__ = ["Reporter", "discard"]
+
+
+_Item = TypeVar("_Item")
+
+_RESULTS = ("written", "skipped", "failed")
+_MEASUREMENTS = ("measured", "failed")
+
+
+class Reporter:
+    """Shows a run as it goes."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False, nul: bool = False) -> None:
+        """Choose what is shown.
+
+        Args:
+            quiet: Only results and failures.
+            as_json: Results as one JSON object a line, instead of one path a line.
+            nul: End paths with NUL instead of a newline.
+        """
+        self._quiet = quiet
+        self._as_json = as_json
+        self._end = b"\0" if nul else b"\n"
+        self._errors = Console(stderr=True, highlight=False)
+        self._counts: Counter[str] = Counter()
+        self._total = 0
+        self._done = 0.0  # images, and parts of them
+        self._bar: Callable[[], None] | None = None
+        self._start = time.perf_counter()
+
+    def say(self, text: str, style: str = "") -> None:
+        """Say something about the run, unless it is quiet."""
+        if not self._quiet:
+            self._errors.print(Text(printable(text), style), soft_wrap=True)
+
+    def show(self, results: Iterable[Result], total: int, run: dict[str, Any]) -> None:
+        """Show each result as it comes, under a progress bar where there is a terminal; sum up.
+
+        Args:
+            results: From the pipeline.
+            total: How many there will be.
+            run: What is the same for all records.
+
+        Raises:
+            OutputError: Results cannot be told, as into a file on a full disk.
+        """
+        self._watch(results, total, partial(self._show, run=run), _RESULTS)
+
+    def collect(
+        self, measurements: Iterable[ImageScores], total: int, kept: list[ImageScores]
+    ) -> None:
+        """Gather measurements under a progress bar, telling of failures as they come; sum up.
+
+        Args:
+            measurements: As they come.
+            total: How many there will be.
+            kept: Gets them, and has those that came before an interruption.
+        """
+
+        def keep(measurement: ImageScores) -> None:
+            status = "failed" if measurement.error else "measured"
+            self._count(status, measurement.source, measurement.error)
+            kept.append(measurement)
+
+        self._watch(measurements, total, keep, _MEASUREMENTS)
+
+    def advance(self, images: float) -> None:
+        """Move the bar on by what is done of images that no result tells of yet."""
+        self._done = min(self._done + images, self._total)
+        if self._bar:
+            self._bar()
+
+    def present(self, evaluation: Evaluation) -> None:
+        """Show methods side by side: as tables, or as one JSON document.
+
+        Raises:
+            OutputError: They cannot be told, as into a file on a full disk.
+        """
+        if self._as_json:
+            self._write(json.dumps(evaluation.to_dict(), allow_nan=False), b"\n")
+            return
+        if not evaluation.images:
+            return
+        console = Console(highlight=False)
+        with console.capture() as shown:
+            show_evaluation(evaluation, console)
+        if console.is_terminal:
+            print(shown.get(), end="", flush=True)
+        else:  # cells are padded with blanks, which a file has no use for
+            self._write("\n".join(map(str.rstrip, shown.get().splitlines())), b"\n")
+
+    def _watch(
+        self,
+        items: Iterable[_Item],
+        total: int,
+        tell: Callable[[_Item], None],
+        statuses: Sequence[str],
+    ) -> None:
+        """Tell of items as they come, under a progress bar, and sum up by status."""
+        self._start, self._total, self._done = time.perf_counter(), total, 0.0
+        try:
+            with closing(self._progress(items, total)) as shown:
+                for item in shown:
+                    tell(item)
+        finally:
+            self._summarize(statuses)
+
+    def _count(self, status: str, source: Source, error: str | None) -> None:
+        self._counts[status] += 1
+        if error:
+            text = f"failed: {source.path}: {error}"
+            self._errors.print(Text(printable(text), "red"), soft_wrap=True)
+
+    def _show(self, result: Result, run: dict[str, Any]) -> None:
+        self._count(result.status, result.source, result.error)
+        if self._as_json:
+            self._write(json.dumps(_record(result, run)), b"\n")
+        elif result.status != "skipped":
+            for output in result.outputs:
+                self._write(os.fspath(output.path), self._end)
+
+    def _summarize(self, statuses: Sequence[str]) -> None:
+        """Say how many images there were and how fast they went, if there were any.
+
+        Args:
+            statuses: What can become of an image, what is hoped for first.
+        """
+        if not self._counts:
+            return
+        seconds = time.perf_counter() - self._start
+        done = self._counts[statuses[0]]
+        parts = [f"{self._counts[status]} {status}" for status in statuses]
+        if left := self._total - self._counts.total():
+            parts.append(f"{left} not done")
+        rate = f", {done / seconds:.1f} images/s" if done and seconds else ""
+        self.say(f"{', '.join(parts)} in {seconds:.1f} s{rate}")
+
+    @property
+    def failed(self) -> bool:
+        """Whether an image failed."""
+        return bool(self._counts["failed"])
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self._quiet and self._errors.is_terminal
+
+    def _write(self, text: str, end: bytes) -> None:
+        """Write a result to stdout: byte for byte for programs, readable for people."""
+        if sys.stdout is None:  # closed before we came
+            return
+        if not sys.stdout.isatty():
+            try:
+                sys.stdout.buffer.write(os.fsencode(text) + end)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                discard(sys.stdout)
+                raise OutputError(f"results cannot be told on stdout: {error.strerror}") from error
+        elif self._shows_progress:  # one terminal for both: the line goes above the bar
+            self._errors.print(Text(printable(text)), soft_wrap=True)
+        else:
+            print(printable(text), flush=True)
+
+    def _progress(self, results: Iterable[_Item], total: int) -> Generator[_Item, None, None]:
+        if not self._shows_progress:
+            yield from results
+            return
+        columns = (
+            TextColumn("explaining"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._errors, transient=True) as progress:
+            task = progress.add_task("", total=total, rate="")
+
+            def move() -> None:
+                rate = self._done / (time.perf_counter() - self._start)
+                progress.update(task, completed=self._done, rate=f"{rate:.1f} images/s")
+
+            self._bar = move
+            for result in results:
+                yield result
+                self._done = max(self._done, self._counts.total())
+                move()
+            self._bar = None
+
+
+def discard(stream: TextIO) -> None:
+    """Send what a stream still holds nowhere, so that leaving does not fail over it."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)
+
+
+def _record(result: Result, run: dict[str, Any]) -> dict[str, Any]:
+    """Return the NDJSON record of a result."""
+    return {
+        "source": os.fspath(result.source.path),
+        "status": result.status,
+        "outputs": [{**asdict(output), "path": str(output.path)} for output in result.outputs],
+        "predictions": [asdict(prediction) for prediction in result.predictions],
+        **run,
+        "error": result.error,
+    }

@@ -1,0 +1,47 @@
+"""Numbers, shapes and layers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vitviz.inspection.parts import Layer
+
+__all__ = ["UNKNOWN", "channels", "layers", "percent", "short", "times", "shape_text"]
+
+
+UNKNOWN = "not determined"
+
+
+def layers(layers: Sequence[Layer]) -> str:
+    """Write "LayerNorm (norm1, norm2)" for layers of one class or several."""
+    kinds: dict[str, list[str]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.kind, []).append(layer.name)
+    return ", ".join(f"{kind} ({', '.join(names)})" for kind, names in kinds.items())
+
+
+def channels(layer: Layer, name: str | None = None) -> str:
+    return f"{layer.name if name is None else name} {layer.inputs} → {layer.outputs}".strip()
+
+
+def short(count: int) -> str:
+    """Write a count with three figures: 950, 12.3 k, 5.72 M, 1.14 G."""
+    value = float(count)
+    for unit in ("", " k", " M", " G", " T"):
+        if value < 999.5 or unit == " T":
+            break
+        value /= 1000
+    digits = 0 if not unit else 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}{unit}"
+
+
+def percent(share: float) -> str:
+    return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+
+
+def shape_text(sizes: Sequence[int]) -> str:
+    return f"({', '.join(map(str, sizes))})"
+
+
+def times(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))

@@ -1,0 +1,1 @@
+"""Evaluation: methods measured side by side on a user's own images; never prints."""

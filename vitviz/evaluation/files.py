@@ -1,0 +1,100 @@
+"""The files of an evaluation: the plot of its curves and the table of its numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from vitviz.errors import OptionError
+from vitviz.evaluation.chart import Entry, Panel, draw_chart
+from vitviz.evaluation.perturbation import PERTURBATIONS
+from vitviz.evaluation.summary import CSV_HEADER, Evaluation, MethodSummary
+from vitviz.images.sources import identity
+from vitviz.runs.files import Provenance, encode_picture, read_provenance, require_own, write_own
+
+__all__ = ["draw_curves", "require_places", "save"]
+
+
+_COMMAND = "evaluate"
+
+
+def require_places(table: Path | None, plot: Path | None) -> None:
+    """Make sure, before the work, that nothing of others is in the way of its files.
+
+    Raises:
+        OutputError: Something is.
+        OptionError: One file is asked for as both, or a plot under another name than a PNG's.
+    """
+    if table is not None and plot is not None and identity(table) == identity(plot):
+        raise OptionError(f"--csv and --plot are both {table}; give each a file of its own")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise OptionError(f"--plot is {plot}, but a plot is a PNG; give a name that ends in .png")
+    for path, is_own in ((table, _is_table), (plot, _is_plot)):
+        if path is not None:
+            require_own(path, is_own)
+
+
+def save(evaluation: Evaluation, table: Path | None, plot: Path | None) -> None:
+    """Write the files that are asked for, whole or not at all, if there is anything to write.
+
+    The table has the numbers of each map as CSV, the plot the curves as PNG. Only a file whose
+    first line is that of such a table, or such a plot, is replaced.
+
+    Raises:
+        OutputError: Another file is in the way, or a place cannot be written to.
+    """
+    if table is not None and evaluation.images:
+        write_own(table, os.fsencode(evaluation.to_csv()), _is_table)
+    if plot is not None and evaluation.images:
+        made_of = Provenance(
+            recipe={"command": _COMMAND, "convention": evaluation.convention.value},
+            source=f"{evaluation.images} images",
+            source_id=_COMMAND,
+            versions=evaluation.settings["versions"],
+        )
+        write_own(plot, encode_picture(draw_curves(evaluation), made_of), _is_plot)
+
+
+def draw_curves(evaluation: Evaluation) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Draw deletion and insertion of all methods: (height, width, 3) RGB."""
+    perturbation = PERTURBATIONS[evaluation.convention]
+    removed = np.array(perturbation.shares)
+    methods = [each for each in evaluation.methods if each.probability.size]
+    remark = f"{evaluation.settings['score_kind']} probability of the class explained"
+    panels = (
+        Panel(
+            heading="Deletion: lower is better",
+            remark=remark,
+            label=f"% of {perturbation.unit} removed, most relevant first",
+            curves=[(removed, each.probability[0]) for each in methods],
+        ),
+        Panel(
+            heading="Insertion: higher is better",
+            remark=remark,
+            label=f"% of {perturbation.unit} shown, most relevant first",
+            curves=[(1 - removed[::-1], each.probability[1][::-1]) for each in methods],
+        ),
+    )
+    title = f"{evaluation.settings['model']}, {evaluation.images} images"
+    return draw_chart(title, ("deletion", "insertion"), list(map(_entry, methods)), panels)
+
+
+def _entry(method: MethodSummary) -> Entry:
+    means = [method.summaries[name].interval.mean for name in ("deletion", "insertion")]
+    numbers = tuple(f"{mean:.3f}" for mean in means)
+    return Entry(name=method.name, numbers=numbers, muted=method.is_baseline)
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline(len(CSV_HEADER) + 1) == f"{CSV_HEADER}\n"
+    except OSError:
+        return False
+
+
+def _is_plot(path: Path) -> bool:
+    found = read_provenance(path)
+    return found is not None and found.recipe.get("command") == _COMMAND

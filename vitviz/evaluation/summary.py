@@ -1,0 +1,374 @@
+"""Methods side by side: what the measurements of many images amount to, for people and machines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitviz.evaluation.baselines import BASELINES, CENTRE_SIGMA
+from vitviz.evaluation.measuring import ImageScores, method_names
+from vitviz.evaluation.metrics import Bootstrap, Interval, bootstrap
+from vitviz.evaluation.perturbation import PERTURBATIONS
+from vitviz.evaluation.scores import ClassScores
+from vitviz.models.model import Model
+from vitviz.options import Convention, EvaluationOptions, variant
+from vitviz.runs.records import versions
+
+__all__ = ["CSV_HEADER", "Evaluation", "METRICS", "Metric", "MethodSummary", "Summary", "summarize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that each map gets.
+
+    Attributes:
+        name: In records.
+        title: In tables.
+        lower: Whether lower is better.
+        located: Whether it takes a mask.
+    """
+
+    name: str
+    title: str
+    lower: bool = False
+    located: bool = False
+
+
+METRICS = (
+    Metric(name="deletion", title="deletion", lower=True),
+    Metric(name="insertion", title="insertion"),
+    Metric(name="difference", title="difference"),
+    Metric(name="positive", title="positive", lower=True),
+    Metric(name="negative", title="negative"),
+    Metric(name="pointing", title="pointing", located=True),
+    Metric(name="energy", title="energy", located=True),
+    Metric(name="average_precision", title="precision", located=True),
+    Metric(name="best_miou", title="best mIoU", located=True),
+    Metric(name="specificity", title="specificity", located=True),
+)
+"""What is measured, in order."""
+
+_COLUMNS = ("source", "class_index", "class_label", "truth", "method")
+CSV_HEADER = ",".join([*_COLUMNS, *(metric.name for metric in METRICS)])
+"""First line of every table of numbers, by which vitviz knows its own."""
+
+_ORDERS = ("most_relevant_first", "least_relevant_first")
+_TARGETS = {
+    "top1": "the one predicted for the untouched image",
+    "truth": "the true class",
+    "mask": "each class that the image's mask names",
+}
+_LOCATED = {
+    "pointing": "whether the hottest pixel lies on the object; maps are compared with masks on the "
+    "pixels that the model sees, bilinearly interpolated",
+    "energy": "share of the positive relevance on the object",
+    "precision": "average precision of the pixels, ties together",
+    "best mIoU": "mean of the object's and the background's IoU at each image's best threshold",
+}
+_SPECIFICITY = {
+    "specificity": "share of the positive relevance on all objects that is on the one asked for, "
+    "in images of several"
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One metric of one method, over all images that have it.
+
+    Attributes:
+        interval: The mean, and where it may lie.
+        images: How many images it is the mean of.
+        versus: This mean less that of each baseline, on the same images.
+        better: Whether it is better than every baseline, the intervals of the differences without
+            0 in them.
+    """
+
+    interval: Interval
+    images: int
+    versus: Mapping[str, Interval]
+    better: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a record."""
+        return {
+            **asdict(self.interval),
+            "images": self.images,
+            "versus": {name: asdict(interval) for name, interval in self.versus.items()},
+            "better_than_baselines": self.better,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MethodSummary:
+    """One method.
+
+    Attributes:
+        name: Of the method or baseline.
+        options: How its maps are computed.
+        cost: Time of its maps over that of a plain forward pass, the median of the batches.
+        summaries: By metric; those that no image has are not there.
+        probability: (orders, shares), means over the images.
+        accuracy: (orders, shares), the same.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    cost: float
+    summaries: Mapping[str, Summary]
+    probability: NDArray[np.floating]
+    accuracy: NDArray[np.floating]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it knows nothing of the images."""
+        return self.name in BASELINES
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a record."""
+        curves = {"probability": self.probability, "accuracy": self.accuracy}
+        return {
+            "options": dict(self.options),
+            "cost": self.cost,
+            "metrics": {name: summary.to_dict() for name, summary in self.summaries.items()},
+            "curves": {
+                name: dict(zip(_ORDERS, curve.tolist(), strict=True))
+                for name, curve in curves.items()
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """Methods side by side.
+
+    Attributes:
+        convention: How faithfulness was measured.
+        explanations: What each number means, in words.
+        methods: One a method, the baselines first.
+        measurements: What became of each image.
+        settings: The model and the options, for records.
+    """
+
+    convention: Convention
+    explanations: Mapping[str, str]
+    methods: tuple[MethodSummary, ...]
+    measurements: tuple[ImageScores, ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics that there is anything to say of."""
+        known = {name for method in self.methods for name in method.summaries}
+        return tuple(metric for metric in METRICS if metric.name in known)
+
+    @property
+    def failed(self) -> tuple[ImageScores, ...]:
+        """The images that failed."""
+        return tuple(each for each in self.measurements if each.error is not None)
+
+    @property
+    def images(self) -> int:
+        """How many images were measured."""
+        return len(self.measurements) - len(self.failed)
+
+    @property
+    def masked(self) -> int:
+        """How many of them have a mask of an object."""
+        return sum(map(_is_masked, self.measurements))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it, as JSON can hold it."""
+        failed = {os.fspath(each.source.path): each.error for each in self.failed}
+        document = {
+            **self.settings,
+            "images": self.images,
+            "masked": self.masked,
+            "failed": [{"source": source, "error": error} for source, error in failed.items()],
+            "convention": {
+                "name": self.convention.value,
+                **asdict(PERTURBATIONS[self.convention]),
+                "in_words": dict(self.explanations),
+            },
+            "methods": {method.name: method.to_dict() for method in self.methods},
+            "cases": [
+                _record(measurement, case)
+                for measurement in self.measurements
+                for case in measurement.cases
+            ],
+        }
+        return dict(_plain(document))
+
+    def to_csv(self) -> str:
+        """Return a table of the numbers of each map, a line each."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(CSV_HEADER.split(","))
+        for measurement in self.measurements:
+            for case in measurement.cases:
+                writer.writerows(_rows(measurement, case))
+        return buffer.getvalue()
+
+
+def summarize(
+    model: Model, options: EvaluationOptions, measurements: Sequence[ImageScores]
+) -> Evaluation:
+    """Put measurements together.
+
+    Args:
+        model: The model that was measured with.
+        options: What was measured, and how.
+        measurements: One an image.
+    """
+    names = method_names(model, options)
+    numbered = [(number, case) for number, each in enumerate(measurements) for case in each.cases]
+    images, cases = [number for number, _ in numbered], [case for _, case in numbered]
+    values = np.full((len(cases), len(names), len(METRICS)), np.nan)
+    for row, case in enumerate(cases):
+        for column, name in enumerate(names):
+            values[row, column] = [case.scores[name].get(each.name, np.nan) for each in METRICS]
+    drawn = bootstrap(values, images, resamples=options.resamples, seed=options.seed)
+    counts = [len(np.unique(np.array(images)[known])) for known in np.isfinite(values[:, 0].T)]
+    return Evaluation(
+        convention=options.convention,
+        explanations=_explanations(model, options, cases),
+        methods=tuple(
+            _method_summary(name, cases, _summaries(name, names, drawn, counts)) for name in names
+        ),
+        measurements=tuple(measurements),
+        settings=_settings(model, options),
+    )
+
+
+def _summaries(
+    name: str, names: Sequence[str], drawn: Bootstrap, counts: Sequence[int]
+) -> dict[str, Summary]:
+    """Summarise the metrics of a method, those that there are."""
+    row, baselines = names.index(name), [each for each in BASELINES if each != name]
+    summaries = {}
+    for column, (metric, images) in enumerate(zip(METRICS, counts, strict=True)):
+        if not images:
+            continue
+        versus = {
+            each: drawn.difference((row, column), (names.index(each), column)) for each in baselines
+        }
+        summaries[metric.name] = Summary(
+            interval=drawn.interval((row, column)),
+            images=images,
+            versus=versus,
+            better=all(_is_better(metric, difference) for difference in versus.values()),
+        )
+    return summaries
+
+
+def _is_better(metric: Metric, difference: Interval) -> bool:
+    return difference.high < 0 if metric.lower else difference.low > 0
+
+
+def _method_summary(
+    name: str, cases: Sequence[ClassScores], summaries: Mapping[str, Summary]
+) -> MethodSummary:
+    return MethodSummary(
+        name=name,
+        options=_method_options(name),
+        cost=float(np.median([case.costs[name] for case in cases])) if cases else math.nan,
+        summaries=summaries,
+        probability=_mean([case.curves[name].probability for case in cases]),
+        accuracy=_mean([case.curves[name].accuracy for case in cases]),
+    )
+
+
+def _method_options(name: str) -> dict[str, Any]:
+    if name in BASELINES:
+        return {}
+    options = variant(name)
+    return {"method": options.method.value, **options.to_record()}
+
+
+def _mean(curves: Sequence[NDArray[np.float32]]) -> NDArray[np.floating]:
+    return np.mean(curves, axis=0, dtype=float) if curves else np.zeros((len(_ORDERS), 0))
+
+
+def _settings(model: Model, options: EvaluationOptions) -> dict[str, Any]:
+    """Return what the numbers hang on, for records."""
+    return {
+        "versions": versions(),
+        "model": model.name,
+        "weights": {"source": model.weights, "sha256": model.digest},
+        "score_kind": model.score_kind,
+        "options": {
+            "class": options.target,
+            "fit": options.fit.value,
+            "size": list(model.preprocessing.size),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "labels": model.labels.source,
+            "seed": options.seed,
+            "bootstrap": options.resamples,
+        },
+    }
+
+
+def _explanations(
+    model: Model, options: EvaluationOptions, cases: Sequence[ClassScores]
+) -> dict[str, str]:
+    """Say in words what each number means."""
+    perturbation = PERTURBATIONS[options.convention]
+    right = "true class" if any(case.truth is not None for case in cases) else "class explained"
+    known = {name for case in cases for scores in case.scores.values() for name in scores}
+    return {
+        "class": _TARGETS.get(options.target, f"{options.target}, in every image"),
+        "removed": perturbation.describe(),
+        "deletion": f"{model.score_kind} probability of the class explained, the most relevant "
+        f"going first; area by {perturbation.describe_area()}",
+        "insertion": "the same, the least relevant going first (read backwards: the most relevant "
+        "coming first)",
+        "difference": "insertion less deletion",
+        "positive": f"top-1 accuracy, the {right} being right, in the order of deletion",
+        "negative": "the same in the order of insertion",
+        **(_LOCATED if "pointing" in known else {}),
+        **(_SPECIFICITY if "specificity" in known else {}),
+        "cost": "time of the maps over that of a plain forward pass, each the faster of two runs "
+        "on the same batch; median of the batches",
+        "random": f"uniform noise on the model's grid, seed {options.seed}",
+        "centre": f"a Gaussian at the middle, σ = {CENTRE_SIGMA:g} of each side",
+        "intervals": f"95 %, of {options.resamples:,} bootstrap samples of the images, the same "
+        f"for all methods, seed {options.seed}",
+    }
+
+
+def _is_masked(measurement: ImageScores) -> bool:
+    return any("pointing" in each for case in measurement.cases for each in case.scores.values())
+
+
+def _record(measurement: ImageScores, case: ClassScores) -> dict[str, Any]:
+    return {
+        "source": os.fspath(measurement.source.path),
+        "class_index": case.class_index,
+        "class_label": case.class_label,
+        "truth": case.truth,
+        "scores": {name: dict(scores) for name, scores in case.scores.items()},
+    }
+
+
+def _rows(measurement: ImageScores, case: ClassScores) -> Iterator[list[Any]]:
+    """Yield a table's rows, one a method; what is not known is empty."""
+    source = os.fspath(measurement.source.path)
+    for name, scores in case.scores.items():
+        numbers = [scores.get(metric.name) for metric in METRICS]
+        yield [source, case.class_index, case.class_label, case.truth, name, *numbers]
+
+
+def _plain(value: Any) -> Any:
+    """Put what JSON has no word for as it can: NaN as null, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

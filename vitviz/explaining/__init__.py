@@ -1,0 +1,1 @@
+"""Explaining: samples → explanations or failures, in batches; never files."""

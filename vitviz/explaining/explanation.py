@@ -1,0 +1,170 @@
+"""One map of one image, with what is needed to draw it and to say what it is about."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitviz.errors import printable
+from vitviz.images.samples import ImageSample
+from vitviz.options import Method, OutputKind, PictureOptions
+from vitviz.pictures.colors import color_heat, in_grey
+from vitviz.pictures.heat import FLAT, place_heat
+from vitviz.pictures.sheets import contact_sheet, overlay, panel, shrink_to_cell
+
+__all__ = ["Caveat", "Explanation", "Prediction", "Diagnostics"]
+
+
+_CROWDED = 0.5  # share of attention
+_EVEN = 0.05  # of its largest magnitude
+_POWERLESS = 1e-3  # of a logit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One of an image's best classes.
+
+    Attributes:
+        class_index: Position among the logits.
+        class_label: Full description, None when the class has no name.
+        score: Probability, by softmax or sigmoid.
+    """
+
+    class_index: int
+    class_label: str | None
+    score: float
+
+
+class Caveat(Enum):
+    """Why a picture may mislead: what it is about, and why that is."""
+
+    FLAT = ("no heat at all", "all patches count alike, attention is the same everywhere")
+    FLAT_FOR_CLASS = ("no heat at all", "all patches count alike, for nothing speaks for the class")
+    EVEN = ("nearly the same heat everywhere", "colours make more of it than there is")
+    PREFIX = ("most attention on prefix tokens", "what is there, no map shows")
+    OUTLIERS = ("patch tokens of outlying norm", "heat on these says nothing of their place")
+    POWERLESS = ("next to no gradient", "little that is drawn moves the class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """Numbers that tell when a map may mislead.
+
+    Attributes:
+        prefix_attention: Share of the attention that goes to prefix tokens, which no map shows.
+        outlier_tokens: Patch tokens of more than five times the median norm behind the blocks.
+        contrast: Range of the map as a share of its largest magnitude.
+        leverage: ‖x‖·‖∂y/∂x‖ at the last block, in units of the logit y; None without a class.
+    """
+
+    prefix_attention: float
+    outlier_tokens: int
+    contrast: float
+    leverage: float | None
+
+    def caveats(self) -> list[Caveat]:
+        """Say why the picture may mislead; nothing where it need not."""
+        about_class, is_flat = self.leverage is not None, self.contrast <= FLAT
+        found = [
+            (is_flat, Caveat.FLAT_FOR_CLASS if about_class else Caveat.FLAT),
+            (not is_flat and self.contrast < _EVEN, Caveat.EVEN),
+            (self.prefix_attention > _CROWDED, Caveat.PREFIX),
+            (self.outlier_tokens > 0, Caveat.OUTLIERS),
+        ]
+        if not is_flat and self.leverage is not None:
+            found.append((self.leverage < _POWERLESS, Caveat.POWERLESS))
+        return [caveat for is_so, caveat in found if is_so]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Explanation:
+    """One relevance map.
+
+    Attributes:
+        method: How it was computed.
+        relevance: (rows, cols) float32, before any normalisation; of raw attention
+            (blocks, heads, rows, cols).
+        sample: The image.
+        request: Name of the class request (``c281``, ``top1``); None when class-agnostic.
+        class_index: The class that it explains; None when class-agnostic.
+        class_label: That class's full description, if it has one.
+        class_score: That class's score.
+        predictions: The image's five best classes; empty for a model without a head.
+        pictures: How to draw it.
+        sanity: Numbers that tell when it may mislead.
+    """
+
+    method: Method
+    relevance: NDArray[np.float32]
+    sample: ImageSample
+    sanity: Diagnostics | None = None
+    request: str | None = None
+    class_index: int | None = None
+    class_label: str | None = None
+    class_score: float | None = None
+    predictions: tuple[Prediction, ...] = ()
+    pictures: PictureOptions = PictureOptions()
+
+    def overlay(self) -> Image.Image:
+        """Draw the heat over the image; heat with a sign over the image in grey."""
+        return Image.fromarray(self.draw(OutputKind.OVERLAY))
+
+    def heatmap(self) -> Image.Image:
+        """Draw the heat alone."""
+        return Image.fromarray(self.draw(OutputKind.HEATMAP))
+
+    def panel(self) -> Image.Image:
+        """Draw image, overlay and heat side by side, under a caption."""
+        return Image.fromarray(self.draw(OutputKind.PANEL))
+
+    def draw(self, kind: OutputKind) -> NDArray[np.uint8]:
+        """Draw a picture of any kind: (height, width, 3) RGB."""
+        if self.method is not Method.ATTENTION:
+            return self._draw_map(self.relevance, self.sample.picture, kind)
+        if kind is OutputKind.PANEL:
+            return panel(
+                [self.draw(OutputKind.OVERLAY), self.draw(OutputKind.HEATMAP)], self.caption
+            )
+        blocks, heads = self.relevance.shape[:2]
+        cell = shrink_to_cell(self.sample.picture, blocks, heads, self.pictures.max_size)
+        return contact_sheet(
+            [[self._draw_map(head, cell, kind) for head in block] for block in self.relevance]
+        )
+
+    def _draw_map(
+        self, relevance: NDArray[np.float32], picture: NDArray[np.uint8], kind: OutputKind
+    ) -> NDArray[np.uint8]:
+        """Draw one map (rows, cols)."""
+        signed, table = self.method.is_signed, self.pictures.table(self.method)
+        heat = place_heat(relevance, self.sample.region, picture.shape[:2], signed=signed)
+        if kind is OutputKind.HEATMAP:
+            return color_heat(heat, table)
+        beneath = in_grey(picture) if signed else picture  # all red and blue is heat then
+        blended = overlay(beneath, heat, table, self.pictures.alpha)
+        if kind is OutputKind.OVERLAY:
+            return blended
+        return panel([picture, blended, color_heat(heat, table)], self.caption)
+
+    @property
+    def caption(self) -> str:
+        """What the map shows, in one line."""
+        if self.class_index is None:
+            return str(self.method)
+        name = printable(self.class_label or f"class {self.class_index}")
+        return f"{self.method}: {name} ({self.class_score:.0%})"
+
+    def __repr__(self) -> str:
+        """Say what it is of, without its pixels."""
+        shape = "×".join(map(str, self.relevance.shape))
+        return f"<Explanation of {self.sample.source.path}: {self.caption}, {shape}>"
+
+    def _repr_png_(self) -> bytes:
+        """Show the overlay in a notebook."""
+        buffer = io.BytesIO()
+        self.overlay().save(buffer, "PNG")
+        return buffer.getvalue()

@@ -1,0 +1,131 @@
+"""Images ready for a model: what it sees, and what people see."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from vitviz.errors import ImageError
+from vitviz.images.decoding import ImageFile, decode, to_rgb
+from vitviz.images.fitting import GAP, InputTransform, Region
+from vitviz.images.sources import Source
+
+__all__ = ["ImageSample", "load_sample", "sample_of"]
+
+
+Pixels = NDArray[np.uint8]
+
+_SPARE = 4  # times the side that the model sees: decoded to less, its pixels would change visibly
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSample:
+    """A decoded image: what the model sees, and what people see.
+
+    Attributes:
+        source: Where it comes from.
+        digest: SHA-256 of the file's bytes (of its pixels, if it never was a file).
+        pixels: (height, width, 3) RGB, what the model sees.
+        region: Where on the picture the pixels lie.
+        picture: (height, width, 3) RGB, the original upright, at most ``max_size`` long.
+        size: (height, width) of the original upright.
+    """
+
+    source: Source
+    digest: str
+    pixels: Pixels
+    region: Region
+    picture: Pixels
+    size: tuple[int, int]
+
+
+def load_sample(file: ImageFile, frame: InputTransform, max_size: int) -> ImageSample:
+    """Decode and fit an image file.
+
+    A JPEG of many more pixels than are needed is decoded at 1/2, 1/4 or 1/8 of its size. What the
+    model sees hangs on the model alone: a picture that needs more is decoded for itself.
+
+    Raises:
+        ImageError: It cannot be decoded, or is no image.
+    """
+
+    def enough(size: tuple[int, int]) -> tuple[int, int]:
+        rows, cols = frame.resized(size)
+        return rows * _SPARE, cols * _SPARE
+
+    def large(size: tuple[int, int]) -> tuple[int, int]:
+        return _picture_size(size, max_size)
+
+    with ExitStack() as room:
+        image, original = decode(file.content, enough, room)
+        size = _picture_size(original, max_size)
+        suffices = image.height >= size[0] and image.width >= size[1]
+        picture = image if suffices else decode(file.content, large, room)[0]
+        return _sample(file.source, file.digest, image, frame, _scaled(picture, size), original)
+
+
+def sample_of(
+    image: Image.Image | NDArray[Any], name: str, frame: InputTransform, max_size: int
+) -> ImageSample:
+    """Fit an image that is already in memory.
+
+    Args:
+        image: A Pillow image, or an array (height, width[, 3 or 4]) of uint8.
+        name: What to call it.
+        frame: How to fit it.
+        max_size: Longest side of its picture.
+
+    Raises:
+        ImageError: Its mode or shape is none that Pillow knows.
+    """
+    if not isinstance(image, Image.Image):
+        try:
+            image = Image.fromarray(np.asarray(image))
+        except (TypeError, ValueError) as error:
+            raise ImageError(f"{name}: expected (height, width, 3) uint8 RGB: {error}") from error
+    if not image.width or not image.height:
+        raise ImageError(f"{name} has no pixels")
+    rgb = to_rgb(ImageOps.exif_transpose(image))
+    source = Source(path=Path(name), key=name)
+    size = (rgb.height, rgb.width)
+    picture = _scaled(rgb, _picture_size(size, max_size))
+    return _sample(source, hashlib.sha256(rgb.tobytes()).hexdigest(), rgb, frame, picture, size)
+
+
+def _sample(
+    source: Source,
+    digest: str,
+    image: Image.Image,
+    frame: InputTransform,
+    picture: Image.Image,
+    size: tuple[int, int],
+) -> ImageSample:
+    fitted, region = frame.apply(image, size)
+    return ImageSample(
+        source=source,
+        digest=digest,
+        pixels=np.asarray(fitted),
+        region=region,
+        picture=np.asarray(picture),
+        size=size,
+    )
+
+
+def _picture_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Return the (height, width) of the picture of an image (height, width)."""
+    scale = min(longest / max(size), 1)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
+def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale an image down to (height, width)."""
+    if size == (image.height, image.width):
+        return image
+    return image.resize((size[1], size[0]), Image.Resampling.HAMMING, reducing_gap=GAP)

@@ -1,0 +1,91 @@
+"""A model measured on the meta device: its three parts, from one traced run.
+
+Nothing here prints, needs weights, or knows models by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from vitviz.inspection.blocks import measure_blocks
+from vitviz.inspection.head import measure_head
+from vitviz.inspection.parts import Layer, ModelSummary
+from vitviz.inspection.tokenization import measure_tokenization
+from vitviz.inspection.trace import trace_model
+from vitviz.inspection.traced import TracedModel
+from vitviz.models.catalogue import support_of
+from vitviz.models.preprocessing import preprocessing_of
+
+__all__ = ["describe"]
+
+_ALL_BUT_WHOLE = 0.8
+
+
+def describe(
+    module: nn.Module, name: str, *, input_size: tuple[int, int] | None = None
+) -> ModelSummary:
+    """Measure a model and its parts on the meta device.
+
+    Args:
+        module: The model, with or without weights (``building.build_skeleton``); left as it was.
+        name: What to call it.
+        input_size: (height, width) of the image, if not the one it was built for.
+
+    Returns:
+        Its anatomy. A model of any kind gets one, with what can be told about it.
+    """
+    channels, height, width = _input_shape(module, input_size)
+    trace = trace_model(module, (channels, height, width))
+    traced = TracedModel(module, trace)
+    support = support_of(module, (height, width))
+    blocks = measure_blocks(traced)
+    whole = trace.run_of("")
+    return ModelSummary(
+        name=name,
+        architecture=type(module).__name__,
+        input_shape=(channels, height, width),
+        parameters=traced.parameters,
+        macs=None if trace.error else trace.macs,
+        output_shape=whole.output_shape if whole else None,
+        tokenization=measure_tokenization(traced, support),
+        blocks=blocks,
+        head=measure_head(traced, support),
+        outline=_outline(traced),
+        unused_parameters=sum(
+            size for name, size in traced.sizes.items() if traced.part_of(name) is None
+        )
+        if not trace.error
+        else 0,
+        support=support,
+        error=trace.error,
+    )
+
+
+def _outline(traced: TracedModel) -> tuple[Layer, ...]:
+    """List the model's outermost modules in the order in which they ran, with their costs."""
+    layers: dict[str, Layer] = {}
+    end = 0
+    for run in traced.trace.runs:
+        if not run.path or run.enter < end or run.leave is None:
+            continue
+        names = [name for name in traced.sizes if name.startswith(f"{run.path}.")]
+        cost = traced.cost(names, run.macs, run.output_shape)
+        has_parts = next(traced.modules[run.path].children(), None) is not None
+        if has_parts and cost.share > _ALL_BUT_WHOLE:
+            continue  # the parts of a module that is nearly the whole model tell more
+        end = run.leave
+        if run.path not in layers and traced.does_something(run):
+            layers[run.path] = replace(traced.layer(run), cost=cost)
+    return tuple(layers.values())
+
+
+def _input_shape(module: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, int, int]:
+    config = getattr(module, "pretrained_cfg", None) or {}
+    channels = int((config.get("input_size") or (3,))[0])
+    built = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if isinstance(built, (tuple, list)) and len(built) == 2:
+        input_size = input_size or (int(built[0]), int(built[1]))
+    height, width = input_size or preprocessing_of(module).size
+    return channels, height, width

@@ -1,0 +1,1 @@
+"""Methods: what each computes of a forward pass, and from what; never files or pictures."""

@@ -1,0 +1,1 @@
+"""Models: names, weights, tokens, labels and preprocessing; never images or maps."""

@@ -1,0 +1,317 @@
+"""Names and weight files → timm models; knows nothing of tokens or images."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import timm
+import torch
+from torch import nn
+
+import vitviz
+from vitviz.errors import ModelError, WeightsError, first_line
+from vitviz.models.checkpoints import WEIGHT_FILES, Checkpoint, mismatch, read_checkpoint
+from vitviz.models.hub import fetch_from_hub, require_answer
+from vitviz.models.names import FACTORY
+
+__all__ = ["LoadedModule", "build_model", "build_skeleton"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedModule:
+    """A module with its weights, and how it came by them.
+
+    Attributes:
+        module: The timm model.
+        name: Its name, with the tag of its weights.
+        weights: Where the weights come from, in words.
+        multi_label: Whether its classes do not exclude each other.
+        notes: What a user should be told.
+    """
+
+    module: nn.Module
+    name: str
+    weights: str
+    multi_label: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def build_skeleton(
+    name: str, img_size: tuple[int, int] | None = None, *, native: bool = False
+) -> nn.Module:
+    """Build a model without weights and without memory for them, on torch's meta device.
+
+    What a user's own factory makes is what it is, with its weights.
+
+    Args:
+        name: From ``resolve_name``.
+        img_size: (height, width) to build it for, instead of its own.
+        native: Whether it is to take images of any aspect ratio.
+
+    Raises:
+        ModelError: It cannot be built as asked.
+        WeightsError: Its config is on the hub, and the hub cannot be reached.
+    """
+    if FACTORY.fullmatch(name):
+        return _call_factory(name, _size_arguments(img_size, native))
+    local, arguments = _local(name), _size_arguments(img_size, native)
+    try:
+        with torch.device("meta"):
+            return _create(local, pretrained=False, **arguments).eval()
+    except Exception as error:
+        if isinstance(error, ModelError) or not local.startswith("local-dir:"):
+            raise
+        # A config is anybody's text, and timm takes it as it is.
+        raise ModelError(
+            f"{local.removeprefix('local-dir:')}/config.json describes no model that timm can "
+            f"build ({first_line(error)})"
+        ) from error
+
+
+def build_model(
+    name: str,
+    skeleton: nn.Module,
+    weights: Path | None,
+    img_size: tuple[int, int] | None = None,
+    *,
+    native: bool = False,
+) -> LoadedModule:
+    """Build a model with its weights.
+
+    Args:
+        name: From ``resolve_name``.
+        skeleton: From ``build_skeleton``, asked for the same.
+        weights: The user's checkpoint; None for the pretrained weights.
+        img_size: As for ``build_skeleton``.
+        native: As for ``build_skeleton``.
+
+    Raises:
+        ModelError: It cannot be built as asked.
+        WeightsError: The weights are missing or do not fit.
+    """
+    if FACTORY.fullmatch(name):
+        return _finish_factory(name, skeleton, weights)
+    arguments = _size_arguments(img_size, native)
+    config = _config(skeleton)
+    full_name, multi_label = _full_name(name, config), _is_multi_label(config)
+    if weights is not None:
+        module, notes = _from_file(weights, _local(name), skeleton, arguments)
+        return LoadedModule(
+            module=module,
+            name=full_name,
+            weights=str(weights),
+            multi_label=multi_label,
+            notes=tuple(notes),
+        )
+    notes = []
+    if config.get("source") == "local-dir":
+        file = _folder_weights(name, Path(config["file"]))
+        module, notes = _from_file(file, _local(name), skeleton, arguments)
+    else:
+        source = _pretrained_source(config, full_name)
+        module = _create(name, pretrained=True, **source, **arguments)
+    return LoadedModule(
+        module=module,
+        name=full_name,
+        weights="bundled" if name == "demo" else "pretrained",
+        multi_label=multi_label,
+        notes=tuple(notes),
+    )
+
+
+def _from_file(
+    path: Path, name: str, skeleton: nn.Module, arguments: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """Build a model with the weights of a file; return what should be said about them, too."""
+    checkpoint = read_checkpoint(path)
+    notes = [f"{path}: {change}" for change in _resized(path, checkpoint.tensors, skeleton)]
+    if checkpoint.is_ema:
+        notes.append(f"{path}: taking its averaged (EMA) weights")
+    num_classes = _head_size(checkpoint.tensors, _config(skeleton))
+    overlay = {
+        "state_dict": checkpoint.tensors,
+        "source": "",
+        "num_classes": num_classes,
+        "custom_load": False,
+        "label_offset": 0,
+    }
+    try:
+        module = _create(
+            name,
+            pretrained=True,
+            num_classes=num_classes,
+            pretrained_cfg_overlay=overlay,
+            **arguments,
+        )
+    except (RuntimeError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        with torch.device("meta"):
+            expected = _create(name, pretrained=False, num_classes=num_classes, **arguments)
+        raise _misfit(path, checkpoint, expected) from error
+    module.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
+    return module, notes
+
+
+def _misfit(path: Path, checkpoint: Checkpoint, expected: nn.Module) -> WeightsError:
+    return WeightsError(
+        f"{path} does not fit {_config(expected).get('architecture', 'the model')}: "
+        f"{mismatch(checkpoint.tensors, expected)}; name the model that it was trained as with -m"
+    )
+
+
+def _call_factory(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """Call a user's ``package.module:function``, found from the working directory, too."""
+    home, _, function = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        own = importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if not f"{home}.".startswith(f"{error.name}."):
+            raise  # something that the user's own module imports
+        raise ModelError(
+            f"no module {home!r} to take {function} from; is it in this folder?"
+        ) from error
+    factory = getattr(own, function, None)
+    if factory is None:
+        raise ModelError(f"module {home} has no {function}; expected a function")
+    module = factory(**arguments)
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{name} gave a {type(module).__name__}; expected a timm model")
+    return module
+
+
+def _finish_factory(name: str, module: nn.Module, weights: Path | None) -> LoadedModule:
+    if weights is None:
+        return LoadedModule(module=module, name=name, weights="given")
+    checkpoint = read_checkpoint(weights)
+    try:
+        module.load_state_dict(checkpoint.tensors)
+    except RuntimeError as error:
+        raise _misfit(weights, checkpoint, module) from error
+    return LoadedModule(module=module, name=name, weights=str(weights))
+
+
+def _config(module: nn.Module) -> dict[str, Any]:
+    return dict(getattr(module, "pretrained_cfg", None) or {})
+
+
+def _local(name: str) -> str:
+    """Return the name that timm needs to build a model without asking the hub."""
+    if name == "demo":
+        return f"local-dir:{Path(vitviz.__file__).parent / 'demo'}"
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json; expected a model folder as on the hub")
+    if not name.startswith("hf-hub:"):
+        return name
+    config = fetch_from_hub(name.removeprefix("hf-hub:"), "config.json")
+    return f"local-dir:{config.parent}"
+
+
+def _resized(path: Path, tensors: Mapping[str, torch.Tensor], skeleton: nn.Module) -> list[str]:
+    """Say which position embeddings timm will resize, as it does for another image size.
+
+    Raises:
+        WeightsError: The patch size differs; timm would resample the patch embedding in silence,
+            to a model that nobody trained.
+    """
+    expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    changes = []
+    for name, tensor in tensors.items():
+        if name not in expected or tensor.shape == expected[name]:
+            continue
+        if name.endswith("patch_embed.proj.weight") and tensor.shape[2:] != expected[name][2:]:
+            raise WeightsError(
+                f"{path} does not fit: {name} is {tuple(tensor.shape)}, expected "
+                f"{tuple(expected[name])}, another patch size; name the model that they were "
+                "trained as with -m"
+            )
+        if "pos_embed" in name or "rel_pos" in name:
+            changes.append(f"{name} {tuple(tensor.shape)} resized to {tuple(expected[name])}")
+    return changes
+
+
+def _create(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
+    try:
+        module: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        if "dynamic_img_size" in str(error):
+            raise ModelError(
+                f"{name} takes images of one shape only, so --fit native cannot keep their aspect "
+                "ratio; build it for another shape with --img-size, or use --fit squash or crop"
+            ) from error
+        if "img_size" in str(error):
+            raise ModelError(f"{name} takes no other image size than its own") from error
+        raise
+    return module
+
+
+def _size_arguments(img_size: tuple[int, int] | None, native: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"img_size": img_size} if img_size else {}
+    return {**arguments, "dynamic_img_size": True} if native else arguments
+
+
+def _folder_weights(name: str, folder: Path) -> Path:
+    """Find the weights of a model folder, or download them to its config.
+
+    They are read as the user's own are, since code may be pickled in them as well.
+    """
+    if name.startswith("hf-hub:"):
+        return fetch_from_hub(name.removeprefix("hf-hub:"), None)
+    files = [folder / file for file in WEIGHT_FILES] + sorted(folder.glob("*.safetensors"))
+    if found := next((file for file in files if file.is_file()), None):
+        return found
+    raise WeightsError(
+        f"{folder} has no weights (model.safetensors, say); give a file with --weights FILE"
+    )
+
+
+def _pretrained_source(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Say where timm finds the pretrained weights: a file in the hub's cache where it can be."""
+    if config.get("file"):
+        return {}
+    repository = config.get("hf_hub_id")
+    if not repository and not config.get("url"):
+        raise WeightsError(
+            f"{name} has no pretrained weights; give your own file with --weights FILE"
+        )
+    if not repository:
+        url = str(config["url"])
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
+        if not cached.is_file():
+            require_answer(url, name)
+        return {}
+    file = fetch_from_hub(str(repository), config.get("hf_hub_filename"))
+    if config.get("custom_load") == "hf":
+        return {}  # a format of its own, which timm reads from the cache
+    return {"pretrained_cfg_overlay": {"file": str(file), "source": ""}}
+
+
+def _head_size(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """Read the number of classes off a checkpoint's head; 0 when it has none."""
+    classifier = config.get("classifier") or "head"
+    first = classifier[0] if isinstance(classifier, (list, tuple)) else classifier
+    weight = tensors.get(f"{first}.weight")
+    return 0 if weight is None or not weight.dim() or not weight.numel() else int(weight.shape[0])
+
+
+def _full_name(name: str, config: Mapping[str, Any]) -> str:
+    if ":" in name or "." in name or name == "demo" or not config.get("tag"):
+        return name
+    return f"{name}.{config['tag']}"
+
+
+def _is_multi_label(config: Mapping[str, Any]) -> bool:
+    """Ask the hub-style config of a local model; timm itself drops what it does not know."""
+    if config.get("source") != "local-dir":
+        return False
+    content = json.loads((Path(config["file"]) / "config.json").read_text(encoding="utf-8"))
+    return bool(content.get("problem_type") == "multi_label_classification")

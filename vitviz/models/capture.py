@@ -1,0 +1,291 @@
+"""Records of each attention call while a model runs; never changes what the model computes.
+
+timm's fused attention ends in one function, ``scaled_dot_product_attention``. A torch function
+mode sees every call of it with its queries and keys, so nothing has to be known about modules,
+and nothing has to be switched off. The few modules that compute attention themselves hand it to a
+dropout, where a hook sees it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from vitviz.errors import CaptureError
+from vitviz.models.attention import Attention, AttentionRecord, MaterializedAttention
+from vitviz.models.prepared import prepared
+
+__all__ = ["AttentionCapture", "output_gradients", "own_attention"]
+
+
+class AttentionCapture:
+    """Collects the attention of every forward pass made inside ``with``, in execution order.
+
+    Example:
+        >>> with AttentionCapture(model) as capture, torch.no_grad():
+        ...     logits = model(images)
+        >>> len(capture.take())
+        12
+
+    Inside, the model is in evaluation mode, fused attention is on (TIMM_FUSED_ATTN=0 switches it
+    off), no block runs twice to save memory, and no parameter asks for a gradient; outside it is
+    as it was, also after an error. It records what the thread that entered it runs, and other
+    threads inside ``recording``, each for itself.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        first_gradient: int | None = None,
+        blocks: Sequence[nn.Module] = (),
+        on_record: Callable[[Attention], None] | None = None,
+        isolate: bool = False,
+    ) -> None:
+        """Prepare the capture of a module.
+
+        Args:
+            module: The model.
+            first_gradient: From this call on, outputs can be differentiated through; None: never.
+            blocks: Blocks before, between and after which the tokens are kept too; without a
+                ``first_gradient``, they can be differentiated through.
+            on_record: Takes each record at once, instead of keeping it for ``take``.
+            isolate: Let each token attend to itself alone, to see what else mixes tokens.
+        """
+        self._module = module
+        self._first_gradient = first_gradient
+        self._blocks = blocks
+        self._isolate = isolate
+        self._on_record = on_record
+        self._of_thread = threading.local()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> AttentionCapture:
+        """Start recording."""
+        with ExitStack() as stack:
+            stack.enter_context(prepared(self._module))
+            for dropout in own_attention(self._module.modules()):
+                stack.callback(dropout.register_forward_hook(self._record_given).remove)
+            for block in self._blocks:
+                stack.callback(block.register_forward_pre_hook(self._enter_block).remove)
+            for block in self._blocks[-1:]:
+                stack.callback(block.register_forward_hook(self._leave_blocks).remove)
+            stack.enter_context(self.recording())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop recording and leave the model as it was."""
+        self._stack.close()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what this thread runs; threads do not see each other's records."""
+        if self._is_recording:
+            yield
+            return
+        self._of_thread.records, self._of_thread.tokens = [], []
+        try:
+            with _CallMode(self):
+                yield
+        finally:
+            del self._of_thread.records, self._of_thread.tokens
+
+    @property
+    def _is_recording(self) -> bool:
+        """Whether this thread is inside; hooks are called in all threads that run the model."""
+        return hasattr(self._of_thread, "records")
+
+    @property
+    def _records(self) -> list[Attention]:
+        """Records of this thread, none outside."""
+        return getattr(self._of_thread, "records", [])
+
+    def take(self, expected: int | None = None) -> list[Attention]:
+        """Hand out the records of the forward pass just made, and forget them.
+
+        Args:
+            expected: Number of attention calls that the model's layout promises.
+
+        Raises:
+            CaptureError: Another number of calls was seen.
+        """
+        records = list(self._records)
+        self._records.clear()
+        if expected is not None and len(records) != expected:
+            raise CaptureError(
+                f"saw {len(records)} attention calls in {type(self._module).__name__}, expected "
+                f"{expected}, one for each block: a map from part of them would mislead; "
+                "is the model compiled, wrapped or run in another thread?"
+            )
+        return records
+
+    def take_tokens(self) -> list[Tensor]:
+        """Hand out the tokens (batch, tokens, channels) at the blocks, and forget them.
+
+        Returns:
+            What entered each block, and what left the last one.
+        """
+        tokens = list(self._of_thread.tokens)
+        self._of_thread.tokens.clear()
+        return tokens
+
+    def _enter_block(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not self._is_recording:
+            return inputs
+        tokens = inputs[0]
+        if self._first_gradient is None and not tokens.requires_grad and torch.is_grad_enabled():
+            tokens = tokens.detach().requires_grad_(True)  # the graph begins at the first block
+        self._of_thread.tokens.append(tokens)
+        return (tokens, *inputs[1:])
+
+    def _leave_blocks(self, block: nn.Module, inputs: object, tokens: Tensor) -> None:
+        if self._is_recording:
+            self._of_thread.tokens.append(tokens)
+
+    def _record_call(self, call: Callable[..., Tensor], arguments: _SdpaArguments) -> Tensor:
+        query, key, value = arguments.query, arguments.key, arguments.value
+        output = _own_values(query, value) if self._isolate else call()
+        scale = arguments.scale
+        differentiable = self._differentiable(output)
+        self._keep(
+            AttentionRecord(
+                query=query.detach().contiguous(),
+                key=key.detach().contiguous(),
+                value=None if differentiable is None else value.detach(),
+                output=differentiable,
+                bias=_additive(arguments, query.shape[-2], key.shape[-2]),
+                scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            )
+        )
+        return output
+
+    def _record_given(self, module: nn.Module, inputs: object, attention: Tensor) -> Tensor | None:
+        if not self._is_recording:
+            return None
+        given = MaterializedAttention(
+            attention=attention.detach(), output=self._differentiable(attention)
+        )
+        self._keep(given)
+        if self._isolate:
+            return torch.eye(attention.shape[-1]).to(attention).expand_as(attention)
+        return None
+
+    def _record_value(self, attention: Tensor, other: Tensor) -> None:
+        """Add to a record of given attention what it is multiplied with."""
+        last = self._records[-1] if self._records else None
+        if isinstance(last, MaterializedAttention) and attention is last.output:
+            self._records[-1] = replace(last, value=other.detach())
+
+    def _record_projection(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Add to the last record the layer that its output enters with its heads side by side."""
+        last = self._records[-1] if self._records else None
+        if last is None or last.value is None or last.projection is not None:
+            return
+        if input.shape[-1] == last.shape[1] * last.value.shape[-1]:
+            self._records[-1] = replace(last, projection=weight.detach())
+
+    def _keep(self, record: Attention) -> None:
+        (self._on_record or self._records.append)(record)
+
+    def _differentiable(self, output: Tensor) -> Tensor | None:
+        """Let the graph begin at this output where it is the first one that is asked for."""
+        first = self._first_gradient
+        if first is not None and len(self._records) >= first and not output.requires_grad:
+            output.requires_grad_(True)
+        return output if output.requires_grad else None
+
+
+def output_gradients(records: list[Attention], score: Tensor, *, last: bool) -> list[Tensor]:
+    """Compute ∂score/∂O for each record, O being the output of its attention.
+
+    Args:
+        records: Records whose outputs lead to the score, captured with ``first_gradient``.
+        score: Scalar; the images of a batch do not mix, so a sum over them gives each its own.
+        last: Whether this is the last score asked of this forward pass (frees its graph).
+
+    Returns:
+        One tensor for each record, shaped as its ``output``.
+    """
+    outputs = [record.output for record in records if record.output is not None]
+    return list(torch.autograd.grad(score, outputs, retain_graph=not last))
+
+
+def own_attention(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """List the dropouts that follow attention computed without torch's function (talking heads)."""
+    unfused = [module for module in modules if not hasattr(module, "fused_attn")]
+    dropouts = [getattr(module, "attn_drop", None) for module in unfused]
+    return [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout)]
+
+
+@dataclass(frozen=True)
+class _SdpaArguments:
+    """The arguments of ``scaled_dot_product_attention``, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+class _CallMode(TorchFunctionMode):
+    """Shows a capture the calls that attention is made of, and leaves all else to torch."""
+
+    def __init__(self, capture: AttentionCapture) -> None:
+        super().__init__()
+        self._capture = capture
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            call = partial(func, *args, **kwargs)
+            return self._capture._record_call(call, _SdpaArguments(*args, **kwargs))
+        if func is F.linear:
+            self._capture._record_projection(*args, **kwargs)
+        elif func is Tensor.matmul:
+            self._capture._record_value(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _own_values(query: Tensor, value: Tensor) -> Tensor:
+    """Return what attention gives when each query sees its own value alone."""
+    repeats = query.shape[1] // value.shape[1]
+    return value.repeat_interleave(repeats, dim=1)[:, :, : query.shape[2]]
+
+
+def _additive(arguments: _SdpaArguments, queries: int, keys: int) -> Tensor | None:
+    """Turn a mask of any form into a bias on the scores."""
+    mask = arguments.attn_mask
+    if arguments.is_causal:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=arguments.query.device).tril()
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return bias.masked_fill(~mask, float("-inf"))
+    return mask.detach()

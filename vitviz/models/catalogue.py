@@ -1,0 +1,166 @@
+"""What vitviz can do with a model, in one line, and with all that timm has."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+import vitviz
+from vitviz.errors import UnsupportedModelError
+from vitviz.models.building import build_skeleton
+from vitviz.models.preprocessing import preprocessing_of
+from vitviz.models.tokens import read_layout
+
+__all__ = ["Support", "find_models", "judge", "main", "support_of", "survey_models"]
+
+
+_CENSUS = "census.json"  # shipped: the answers for one version of timm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Support:
+    """What vitviz will do with the model.
+
+    Attributes:
+        rollout: Whether attention rollout is defined for it, and raw attention.
+        grad_rollout: Whether gradient attention rollout is, and all that explains a class.
+        reason: Why not, where one is not.
+        readout: Which tokens the relevance is read for.
+        prefix: Its prefix tokens in words.
+        grid: (rows, cols) of the maps.
+    """
+
+    rollout: bool
+    grad_rollout: bool
+    reason: str | None = None
+    readout: str | None = None
+    prefix: str | None = None
+    grid: tuple[int, int] | None = None
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        if not self.rollout:
+            return f"not supported: {self.reason}"
+        rows, cols = self.grid or (0, 0)
+        reads = f"reads the {self.readout} (prefix tokens: {self.prefix})"
+        maps = f"maps of {rows} × {cols} patches"
+        if self.grad_rollout:
+            return f"{reads}; {maps}; all methods supported"
+        partly = "rollout and attention supported, methods for a class not"
+        return f"{reads}; {maps}; {partly}: {self.reason}"
+
+
+def support_of(module: nn.Module, input_size: tuple[int, int]) -> Support:
+    """Find out what vitviz can do with a model.
+
+    Args:
+        module: The model, with or without weights.
+        input_size: (height, width) of its images.
+    """
+    try:
+        layout = read_layout(module, input_size)
+    except UnsupportedModelError as error:
+        return Support(rollout=False, grad_rollout=False, reason=str(error))
+    has_logits = bool(getattr(module, "num_classes", 0))
+    return Support(
+        rollout=True,
+        grad_rollout=has_logits,
+        reason=None if has_logits else "no classifier, hence no logit to take the gradient of",
+        readout=layout.readout.value,
+        prefix=layout.described_prefix(),
+        grid=layout.grid,
+    )
+
+
+def judge(name: str) -> Support:
+    """Build one of timm's models without weights, and find out what vitviz can do with it."""
+    module = build_skeleton(name)
+    return support_of(module, preprocessing_of(module).size)
+
+
+def find_models(pattern: str = "*") -> list[str]:
+    """List timm's model names: those that match a pattern with wildcards, or contain a word."""
+    wanted = pattern if any(char in pattern for char in "*?[") else f"*{pattern}*"
+    return fnmatch.filter(timm.list_models(), wanted.lower())
+
+
+def survey_models(names: list[str]) -> Iterator[tuple[str, Support]]:
+    """Yield what vitviz can do with each of timm's models.
+
+    The answers for the timm that this version was made with are shipped; for another one, models
+    are built as they are asked for, and the answers kept in the user's cache.
+
+    Args:
+        names: From ``find_models``.
+    """
+    known = _read(resources.files("vitviz.models").joinpath(_CENSUS).read_text(encoding="utf-8"))
+    cache = _cache_file()
+    if cache.is_file():
+        known |= _read(cache.read_text(encoding="utf-8"))
+    learned = {}
+    try:
+        for name in names:
+            if name not in known:
+                known[name] = learned[name] = judge(name)
+            yield name, known[name]
+    finally:
+        if learned:
+            _remember(cache, learned)
+
+
+def _read(text: str) -> dict[str, Support]:
+    """Read answers, if they are for the timm at hand."""
+    try:
+        content = json.loads(text)
+        if content["timm"] != timm.__version__:
+            return {}
+        return {name: _support(fields) for name, fields in content["models"].items()}
+    except (ValueError, KeyError, TypeError):  # damaged: learn them again
+        return {}
+
+
+def _support(fields: dict[str, Any]) -> Support:
+    grid = fields.pop("grid", None)
+    return Support(**fields, grid=tuple(grid) if grid else None)
+
+
+def _remember(cache: Path, learned: dict[str, Support]) -> None:
+    before = _read(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(_written(before | learned), encoding="utf-8")
+    except OSError:
+        pass  # a cache that cannot be written costs time, no more
+
+
+def _written(answers: dict[str, Support]) -> str:
+    models = {
+        name: {key: value for key, value in asdict(support).items() if value is not None}
+        for name, support in sorted(answers.items())
+    }
+    return json.dumps({"timm": timm.__version__, "models": models}, indent=0) + "\n"
+
+
+def _cache_file() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "vitviz" / f"census-{vitviz.__version__}.json"
+
+
+def main() -> None:
+    """Judge every model that timm has, and write the answers that are shipped."""
+    answers = {name: judge(name) for name in find_models()}
+    target = Path(__file__).with_name(_CENSUS)
+    target.write_text(_written(answers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

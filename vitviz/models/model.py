@@ -1,0 +1,176 @@
+"""A model ready to explain: its weights, tokens, preprocessing, labels and device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from torch import nn
+
+from vitviz.errors import OptionError
+from vitviz.models.building import LoadedModule, build_model, build_skeleton
+from vitviz.models.checkpoints import digest_weights, require_finite
+from vitviz.models.devices import select_device
+from vitviz.models.labels import Labels, read_labels
+from vitviz.models.names import resolve_name
+from vitviz.models.preprocessing import Preprocessing, preprocessing_of
+from vitviz.models.proofs import check_mixing, check_readout
+from vitviz.models.tokens import TokenLayout, read_layout
+from vitviz.options import Fit, Precision
+
+__all__ = ["Model", "load_model"]
+
+
+_DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.BF16: torch.bfloat16,
+    Precision.FP16: torch.float16,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A model with its weights, on its device, and all that is known about it.
+
+    Attributes:
+        module: The timm model.
+        name: Its timm name, with the tag of its weights.
+        weights: Where the weights come from, in words.
+        layout: Its tokens and readout.
+        preprocessing: What it expects of images.
+        labels: The names of its classes.
+        num_classes: Number of logits; 0 for a model without a head.
+        multi_label: Whether classes do not exclude each other (scores by sigmoid).
+        notes: What a user should be told about how it was loaded.
+    """
+
+    module: nn.Module
+    name: str
+    weights: str
+    layout: TokenLayout
+    preprocessing: Preprocessing
+    labels: Labels
+    num_classes: int
+    multi_label: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are made of."""
+        return next(self.module.parameters()).dtype
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights, as they are computed with."""
+        return digest_weights(self.module)
+
+    @property
+    def score_kind(self) -> str:
+        """How scores are made from logits: "softmax" or "sigmoid"."""
+        return "sigmoid" if self.multi_label else "softmax"
+
+
+def load_model(
+    model: str | nn.Module = "deit_tiny",
+    *,
+    weights: str | Path | None = None,
+    labels: str | Path | None = None,
+    device: str = "auto",
+    fit: Fit | str = Fit.SQUASH,
+    img_size: tuple[int, int] | None = None,
+    precision: Precision | str | None = None,
+) -> Model:
+    """Load a model and find out where its tokens are and which of them its head reads.
+
+    Args:
+        model: A timm name with or without tag, an alias (``deit_tiny``), ``demo``,
+            ``hf-hub:owner/name``, a folder with a config.json, ``package.module:factory``, or a
+            timm model object with its weights.
+        weights: A checkpoint to use instead of the pretrained weights.
+        labels: A file with the names of the classes.
+        device: ``auto`` (a model object stays where it is), ``cpu``, ``cuda``, ``cuda:1``,
+            ``mps``; a model object is moved in place.
+        fit: ``native`` builds the model so that it takes images of any aspect ratio.
+        img_size: (height, width) to build the model for, instead of its own.
+        precision: ``fp32``, ``bf16`` or ``fp16``; None: as the weights are.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be built as asked.
+        UnsupportedModelError: Rollout is not defined for this model.
+        WeightsError: Its weights are missing or do not fit.
+        LabelError: The label file does not fit.
+        DeviceError: The device is not on this machine.
+    """
+    if isinstance(model, nn.Module):
+        if weights is not None or img_size is not None or Fit(fit) is Fit.NATIVE:
+            raise OptionError("a model object is taken as it is: weights, size and fit are its own")
+        built = LoadedModule(module=model, name=_own_name(model), weights="given")
+        module = model if device == "auto" else model.to(select_device(device))
+        layout = read_layout(module, preprocessing_of(module).size)
+    else:
+        target = select_device(device)
+        built, layout = _build(model, Path(weights) if weights else None, Fit(fit), img_size)
+        module = built.module.to(target).eval()
+    if precision is not None:
+        module = module.to(_DTYPES[Precision(precision)])
+    require_finite(module, f"weights of {built.name} ({built.weights})")
+    preprocessing = preprocessing_of(module, img_size)
+    check_mixing(module, preprocessing.size)
+    check_readout(module, layout, preprocessing.size)
+    num_classes = int(getattr(module, "num_classes", 0) or 0)
+    known = _labels(module, num_classes, Path(labels) if labels else None)
+    notes = list(built.notes)
+    if known.assumed and built.weights != "pretrained":
+        notes.append(f"no labels given: {known.source} labels assumed for {num_classes} classes")
+    return Model(
+        module=module,
+        name=built.name,
+        weights=built.weights,
+        layout=layout,
+        preprocessing=preprocessing,
+        labels=known,
+        num_classes=num_classes,
+        multi_label=built.multi_label,
+        notes=tuple(notes),
+    )
+
+
+def _build(
+    model: str, weights: Path | None, fit: Fit, img_size: tuple[int, int] | None
+) -> tuple[LoadedModule, TokenLayout]:
+    name = resolve_name(model)
+    skeleton = build_skeleton(name, img_size, native=fit is Fit.NATIVE)
+    # What cannot work is refused before anything is downloaded.
+    layout = read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
+    return build_model(name, skeleton, weights, img_size, native=fit is Fit.NATIVE), layout
+
+
+def _own_name(module: nn.Module) -> str:
+    config = getattr(module, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(module).__name__)
+
+
+def _labels(module: nn.Module, num_classes: int, path: Path | None) -> Labels:
+    if path is not None:
+        return read_labels(path, num_classes)
+    config: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
+    names, described = config.get("label_names"), config.get("label_descriptions")
+    if isinstance(names, (list, tuple)) and names and len(names) == num_classes:
+        described = described if isinstance(described, dict) else {}
+        texts = tuple(str(described.get(str(name), name)) for name in names)
+        return Labels(names=texts, source="the model's config")
+    subset = timm.data.infer_imagenet_subset(module) if num_classes else None
+    if not subset:
+        return Labels()
+    texts = tuple(timm.data.ImageNetInfo(subset).label_descriptions())
+    return Labels(names=texts, source=subset, assumed=True)

@@ -1,0 +1,55 @@
+"""Names that a user gives a model; builds nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+import timm
+
+from vitviz.errors import ModelError
+
+__all__ = ["ALIASES", "FACTORY", "resolve_name"]
+
+
+ALIASES = {
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "vit_large": "vit_large_patch16_224",
+    "dinov2_small": "vit_small_patch14_dinov2",
+    "dinov2_base": "vit_base_patch14_dinov2",
+    "dinov2_large": "vit_large_patch14_dinov2",
+}
+
+
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
+
+
+def resolve_name(name: str) -> str:
+    """Return the full name of a model for timm, aliases replaced.
+
+    Raises:
+        ModelError: timm knows no such model; near names are offered.
+    """
+    if name == "demo" or name.startswith(("hf-hub:", "local-dir:")) or FACTORY.fullmatch(name):
+        return name
+    if Path(name).is_dir():
+        return f"local-dir:{name}"
+    base, dot, tag = name.partition(".")
+    base = ALIASES.get(base, base)
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(
+            name, ["demo", *ALIASES, *timm.list_models()], n=3, cutoff=0.5
+        )
+        hint = f"did you mean {', '.join(near)}?" if near else "`vitviz models` lists timm's"
+        raise ModelError(f"no model is called {name!r}; {hint}")
+    tags = [full.partition(".")[2] for full in timm.list_models(f"{base}.*", pretrained=True)]
+    if tag and tag not in tags:
+        known = ", ".join(tags) or "none"
+        raise ModelError(f"{base} has no weights tagged {tag!r}; tags it has: {known}")
+    return base + dot + tag

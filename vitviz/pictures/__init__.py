@@ -1,0 +1,1 @@
+"""Pictures: relevance as heat, colours, overlays and sheets; never how it was computed."""

@@ -1,0 +1,1 @@
+"""Runs: whole folders to files, records and provenance; never prints."""

@@ -1,0 +1,230 @@
+"""What belongs to each image of a run: its files, their recipe, and what became of it.
+
+Knows how files come about, but runs no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import vitviz
+from vitviz.errors import OutputError, SourceError, VitvizError, reason
+from vitviz.explaining.batch import class_requests
+from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
+from vitviz.images.decoding import ImageFile
+from vitviz.images.samples import ImageSample
+from vitviz.images.sources import Source
+from vitviz.models.model import Model
+from vitviz.options import Job, OutputKind
+from vitviz.runs.files import (
+    Provenance,
+    encode,
+    is_whole,
+    obstacle,
+    output_path,
+    read_provenance,
+    write_whole,
+)
+
+__all__ = ["Ledger", "Output", "Result", "failure", "run_record", "versions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One written file."""
+
+    kind: str
+    path: Path
+    class_index: int | None
+    class_label: str | None
+    sanity: Diagnostics | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of one image.
+
+    Attributes:
+        source: The image.
+        status: "written", "skipped" or "failed".
+        outputs: The files, those that were there already included.
+        predictions: The best classes, best first.
+        error: Why it failed.
+        obstacle: Why every other image would fail in the same way.
+    """
+
+    source: Source
+    status: str
+    outputs: tuple[Output, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+    error: str | None = None
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Knows for each image which files belong to it and what their recipe is.
+
+    Attributes:
+        model: The model.
+        job: What to do with each image.
+        requests: Names of the class requests; a single None for a class-agnostic method.
+    """
+
+    model: Model
+    job: Job
+    requests: tuple[str | None, ...]
+
+    def refuse_overwriting(self, sources: Sequence[Source]) -> None:
+        """Make sure that no output is a source, by whatever name."""
+        taken = {_file_at(source.path) for source in sources} - {None}
+        for source in sources:
+            for path, _, _ in self.files(source):
+                if _file_at(path) in taken:
+                    raise SourceError(
+                        f"the map of {source.path} would overwrite the source {path}; "
+                        "choose another --output folder"
+                    )
+
+    def files(self, source: Source) -> Iterator[tuple[Path, str | None, OutputKind]]:
+        """Yield the path, class request and kind of each file of an image."""
+        for request in self.requests:
+            for kind in self.job.pictures.kinds:
+                path = output_path(self.job.output, source, self.job.method.method, request, kind)
+                yield path, request, kind
+
+    def write(self, sample: ImageSample, maps: Sequence[Explanation]) -> Result:
+        """Draw and write an image's files."""
+        source = sample.source
+        by_request = {explanation.request: explanation for explanation in maps}
+        outputs = []
+        try:
+            for path, request, kind in self.files(source):
+                explanation = by_request[request]
+                provenance = self._provenance(sample, request, kind, explanation)
+                write_whole(path, encode(explanation, kind, provenance), provenance)
+                outputs.append(_output(path, kind, provenance))
+        except MemoryError as error:
+            return replace(failure(source, error), outputs=tuple(outputs))
+        except OutputError as error:
+            reason = obstacle(self.job.output, error)
+            return replace(failure(source, error), outputs=tuple(outputs), obstacle=reason)
+        return Result(
+            source=source,
+            status="written",
+            outputs=tuple(outputs),
+            predictions=maps[0].predictions,
+        )
+
+    def skipped(self, file: ImageFile) -> Result | None:
+        """Return the result of an image whose files are all there, made by the same recipe."""
+        found = []
+        for path, request, kind in self.files(file.source):
+            provenance = read_provenance(path) if is_whole(path) else None
+            if provenance is None or provenance.recipe != self._recipe(file.digest, request, kind):
+                return None
+            found.append((path, kind, provenance))
+        return Result(
+            source=file.source,
+            status="skipped",
+            outputs=tuple(_output(*entry) for entry in found),
+            predictions=found[0][2].predictions,
+        )
+
+    def _provenance(
+        self, sample: ImageSample, request: str | None, kind: OutputKind, explanation: Explanation
+    ) -> Provenance:
+        absolute = os.fsencode(sample.source.path.absolute())
+        return Provenance(
+            recipe=self._recipe(sample.digest, request, kind),
+            source=os.fspath(sample.source.path),
+            source_id=hashlib.sha256(absolute).hexdigest()[:16],
+            class_index=explanation.class_index,
+            class_label=explanation.class_label,
+            predictions=explanation.predictions,
+            sanity=explanation.sanity,
+            versions=versions(),
+        )
+
+    def _recipe(self, digest: str, request: str | None, kind: OutputKind) -> dict[str, Any]:
+        method = self.job.method
+        recipe = {
+            "source_sha256": digest,
+            "model": self.model.name,
+            "weights_sha256": self.model.digest,
+            "method": method.method.value,
+            "options": {**method.to_record(), **self.job.pictures.to_record(kind, method.method)},
+            "fit": self.job.fit.value,
+            "preprocessing": asdict(self.model.preprocessing),
+            "class": request,
+            "labels": self.model.labels.digest,
+            "kind": kind.value,
+            "vitviz": vitviz.__version__,
+            "timm": timm.__version__,
+        }
+        return dict(json.loads(json.dumps(recipe)))  # as it reads back from a file
+
+
+def run_record(model: Model, job: Job) -> dict[str, Any]:
+    """Return what all records of a run have in common."""
+    return {
+        "score_kind": model.score_kind,
+        "run": {
+            "versions": versions(),
+            "model": model.name,
+            "weights": {"source": model.weights, "sha256": model.digest},
+            "method": job.method.method.value,
+            "options": {
+                **job.method.to_record(),
+                **job.pictures.to_record(OutputKind.OVERLAY, job.method.method),
+                "fit": job.fit.value,
+                "size": list(model.preprocessing.size),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "labels": model.labels.source,
+                "class": list(job.method.classes) if class_requests(model, job.method) else [],
+                "save": [kind.value for kind in job.pictures.kinds],
+            },
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "vitviz": vitviz.__version__,
+        "timm": timm.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _file_at(path: Path) -> tuple[int, int] | None:
+    """Return what all names of one file have in common: links, and cases where those are one."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def failure(source: Source, error: VitvizError | MemoryError) -> Result:
+    """Return the result of an image that failed."""
+    return Result(source=source, status="failed", error=reason(error))
+
+
+def _output(path: Path, kind: OutputKind, provenance: Provenance) -> Output:
+    return Output(
+        kind=kind.value,
+        path=path,
+        class_index=provenance.class_index,
+        class_label=provenance.class_label,
+        sanity=provenance.sanity,
+    )
