@@ -30,9 +30,9 @@ def patch_means(images: Tensor, patch: int) -> Tensor:
     return torch.nn.functional.avg_pool2d(images, patch)[:, 0]
 
 
-def refined(image: Tensor, patch: int, refine: int) -> Tensor:
+def refined(images: Tensor, patch: int, refine: int) -> Tensor:
     made = shifts(refine, (patch, patch))
-    return place_back([patch_means(shifted(image, each), patch) for each in made], made, refine)[0]
+    return place_back([patch_means(shifted(images, each), patch) for each in made], made, refine)
 
 
 @pytest.mark.parametrize(("patch", "refine"), [(8, 2), (16, 3), (14, 3), (16, 4), (12, 2), (16, 8)])
@@ -43,17 +43,18 @@ def test_hot_pixel_stays_where_it_is(patch: int, refine: int, grid: tuple[int, i
     A cell at a border is in view of fewer shifts: its neighbour may be as hot, but never hotter.
     """
     rows, cols = (side * refine for side in grid)
-    for row in range(rows):
-        for col in range(cols):
-            image = torch.zeros(1, 1, grid[0] * patch, grid[1] * patch)
-            place = [int((cell + 0.5) * patch / refine) for cell in (row, col)]
-            image[0, 0, place[0], place[1]] = 1
-            fine = refined(image, patch, refine)
-            assert fine.shape == (rows, cols)
-            assert fine[row, col] >= (1 - 1e-6) * fine.max()
+    cells = list(np.ndindex(rows, cols))
+    images = torch.zeros(len(cells), 1, grid[0] * patch, grid[1] * patch)
+    for image, cell in zip(images, cells, strict=True):
+        down, right = (int((place + 0.5) * patch / refine) for place in cell)
+        image[0, down, right] = 1
+    maps = refined(images, patch, refine)
+    assert maps.shape == (len(cells), rows, cols)
+    for fine, (row, col) in zip(maps, cells, strict=True):
+        assert fine[row, col] >= (1 - 1e-6) * fine.max()
+        if refine <= row < rows - refine and refine <= col < cols - refine:
             hottest = (fine > (1 - 1e-6) * fine.max()).nonzero().tolist()
-            if refine <= row < rows - refine and refine <= col < cols - refine:
-                assert hottest == [[row, col]]
+            assert hottest == [[row, col]]
 
 
 @pytest.mark.parametrize("refine", [2, 3, 4])
@@ -62,7 +63,7 @@ def test_smooth_image_keeps_its_slopes_at_all_borders(refine: int) -> None:
     height, width = 5 * 24, 6 * 24
     rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     plane = (0.5 + rows) / 24 + 3 * (0.5 + cols) / 24
-    fine = refined(plane[None, None].float(), 24, refine) * refine**2
+    fine = refined(plane[None, None].float(), 24, refine)[0] * refine**2
     down, right = torch.meshgrid(
         *((torch.arange(side * refine) + 0.5) / refine for side in (5, 6)), indexing="ij"
     )
@@ -90,7 +91,7 @@ def test_first_shift_is_none_and_each_is_made_once() -> None:
 
 @pytest.mark.parametrize("refine", [2, 3, 4])
 def test_map_that_is_the_same_everywhere_stays_so(refine: int) -> None:
-    fine = refined(torch.ones(1, 1, 3 * 24, 4 * 24), 24, refine)
+    (fine,) = refined(torch.ones(1, 1, 3 * 24, 4 * 24), 24, refine)
     torch.testing.assert_close(fine, torch.full_like(fine, 1 / refine**2))
 
 
