@@ -18,7 +18,7 @@ from typing import IO
 
 from fixtures_io import ROOT, Run
 
-_ROOMS = ("cli", "pipeline", "reporting", "models", "building", "images", "outputs")
+_ROOMS = ("cli.app", "cli.reporter", "runs.pipeline", "models.building")
 
 
 @dataclass(frozen=True, kw_only=True)
