@@ -4,15 +4,17 @@ BIN := .venv/bin
 SCENE := sample_images/scenes/star-ring.png
 SCENE_CLASSES := star ring
 BENCH ?=
+WORKERS ?= 2
+PYTEST_PARALLEL = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 # Threads of torch that wait for work leave the processor to others meanwhile.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check coverage zoo bench census figures format clean
+.PHONY: help setup demo test test-long check coverage zoo bench census figures format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/installed  ## create .venv and install vitviz with its tools into it
 
@@ -27,8 +29,11 @@ demo: setup  ## explain the sample scenes with the bundled model, into vitviz-ou
 	$(BIN)/vitviz grad-rollout -m demo $(SCENE) --save overlay --save panel \
 		$(addprefix --class ,$(SCENE_CLASSES))
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest -q
+test: setup  ## run the tests, on two cores (WORKERS=4: on four)
+	$(PYTEST_PARALLEL)
+
+test-long: setup  ## run what `make test` tries a few times many times: kills, unseen scenes
+	$(PYTEST_PARALLEL) -m long
 
 check: setup  ## check format, lint and types, then run the tests
 	$(BIN)/ruff format --check .

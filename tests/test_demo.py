@@ -24,6 +24,8 @@ from vitviz.evaluation.metrics import average_precision, specificity
 from vitviz.evaluation.perturbation import upsample
 from vitviz.explaining.explanation import Explanation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAMPLES = Path(__file__).parents[1] / "sample_images" / "scenes"
 
 
@@ -33,13 +35,17 @@ def demo() -> vitviz.Model:
 
 
 @functools.cache
+def unseen_scene(index: int) -> Scene:
+    return paint_scene(FIRST_SEED + index)
+
+
 def scenes(count: int) -> list[Scene]:
-    return [paint_scene(FIRST_SEED + index) for index in range(count)]
+    return [unseen_scene(index) for index in range(count)]
 
 
-@functools.cache
-def figures() -> Figures:
-    return measure(demo(), scenes(500))
+@pytest.fixture(scope="module", params=[150, pytest.param(500, marks=pytest.mark.long)])
+def figures(request: pytest.FixtureRequest) -> Figures:
+    return measure(demo(), scenes(request.param))
 
 
 def test_demo_says_what_it_is() -> None:
@@ -62,18 +68,18 @@ def test_weights_are_small_and_in_half_precision() -> None:
     assert {tensor["dtype"] for tensor in described.values()} == {"F16"}
 
 
-def test_labels_are_all_right_on_unseen_scenes() -> None:
-    assert figures().exact >= 0.95, asdict(figures())
+def test_labels_are_all_right_on_unseen_scenes(figures: Figures) -> None:
+    assert figures.exact >= 0.95, asdict(figures)
 
 
-def test_grad_rollout_points_at_the_class_asked_for() -> None:
-    assert figures().maps >= 700
-    assert figures().asked >= 0.90, asdict(figures())
-    assert figures().other <= 0.03, asdict(figures())
+def test_grad_rollout_points_at_the_class_asked_for(figures: Figures) -> None:
+    assert figures.maps >= 1.4 * figures.scenes
+    assert figures.asked >= 0.90, asdict(figures)
+    assert figures.other <= 0.03, asdict(figures)
 
 
-def test_rollout_lies_on_the_objects_more_than_their_area_says() -> None:
-    assert figures().energy >= 1.2, asdict(figures())
+def test_rollout_lies_on_the_objects_more_than_their_area_says(figures: Figures) -> None:
+    assert figures.energy >= 1.2, asdict(figures)
 
 
 def test_gradients_of_the_blocks_in_reverse_order_fail_clearly(
@@ -85,15 +91,18 @@ def test_gradients_of_the_blocks_in_reverse_order_fail_clearly(
         return right(*args, **kwargs)[::-1]
 
     monkeypatch.setattr(vitviz.explaining.batch, "output_gradients", reversed_gradients)
-    mistaken = measure(demo(), scenes(500)[:100])
+    mistaken = measure(demo(), scenes(100))
     assert mistaken.asked <= 0.85, asdict(mistaken)
 
 
-def located(method: Callable[..., list[Explanation]], **options: Any) -> dict[str, float]:
-    """Mean average precision, and specificity in scenes of several objects, of 30 unseen scenes."""
+@functools.cache
+def located(
+    method: Callable[..., list[Explanation]], count: int, **options: Any
+) -> dict[str, float]:
+    """Mean average precision, and specificity in scenes of several objects, of unseen scenes."""
     precision, specific = [], []
     for class_index in range(len(CLASSES)):
-        showing = [scene for scene in scenes(500)[:30] if scene.labels[class_index]]
+        showing = [scene for scene in scenes(count) if scene.labels[class_index]]
         images = [scene.image for scene in showing]
         for scene, found in zip(
             showing, method(demo(), images, classes=[class_index], **options), strict=True
@@ -107,19 +116,20 @@ def located(method: Callable[..., list[Explanation]], **options: Any) -> dict[st
     return {"precision": float(np.mean(precision)), "specificity": float(np.mean(specific))}
 
 
-def test_relevance_and_refined_maps_outline_objects_better_than_grad_rollout() -> None:
-    plain = located(vitviz.grad_rollout)["precision"]
+@pytest.mark.parametrize("count", [12, pytest.param(30, marks=pytest.mark.long)])
+def test_relevance_and_refined_maps_outline_objects_better_than_grad_rollout(count: int) -> None:
+    plain = located(vitviz.grad_rollout, count)["precision"]
     better = {
-        "relevance": located(vitviz.relevance)["precision"],
-        "relevance@2": located(vitviz.relevance, refine=2)["precision"],
-        "evidence@2": located(vitviz.evidence, refine=2)["precision"],
+        "relevance": located(vitviz.relevance, count)["precision"],
+        "relevance@2": located(vitviz.relevance, count, refine=2)["precision"],
+        "evidence@2": located(vitviz.evidence, count, refine=2)["precision"],
     }
     assert min(better.values()) > plain, (plain, better)
     assert better["relevance"] < better["relevance@2"]
 
 
 def test_evidence_keeps_to_the_class_more_than_grad_rollout() -> None:
-    plain, signed = located(vitviz.grad_rollout), located(vitviz.evidence)
+    plain, signed = located(vitviz.grad_rollout, 30), located(vitviz.evidence, 30)
     assert signed["specificity"] >= 0.9
     assert signed["specificity"] > plain["specificity"]
 
@@ -132,7 +142,7 @@ def test_scenes_are_the_same_for_the_same_seed_and_differ_for_others() -> None:
 
 
 def test_masks_show_every_object_of_a_scene() -> None:
-    for scene in scenes(500)[:50]:
+    for scene in scenes(50):
         shown = set(np.unique(scene.mask)) - {0}
         assert shown == {item.class_index + 1 for item in scene.objects}
         assert 1 <= len(scene.objects) <= 3
@@ -157,7 +167,7 @@ def test_a_run_over_the_samples_does_not_take_the_masks() -> None:
 @pytest.mark.parametrize("heat", [0.5, 0.0])
 def test_map_that_is_the_same_everywhere_has_the_energy_of_chance(heat: float) -> None:
     relevance = np.full((12, 12), heat, np.float32)
-    assert evaluate._energy(relevance, scenes(500)[0].mask) == pytest.approx(1)
+    assert evaluate._energy(relevance, unseen_scene(0).mask) == pytest.approx(1)
 
 
 def test_figures_are_printed_as_they_are_measured(
@@ -167,13 +177,13 @@ def test_figures_are_printed_as_they_are_measured(
     monkeypatch.setenv("COLUMNS", "100")
     evaluate.main()
     said = " ".join(capsys.readouterr().out.split())
-    expected = measure(demo(), scenes(500)[:12])
+    expected = measure(demo(), scenes(12))
     assert f"all labels right (12 scenes) │ {expected.exact:.1%}" in said
     assert f"points at the class ({expected.maps} maps) │ {expected.asked:.1%}" in said
     assert f"energy on objects / area │ {expected.energy:.2f}" in said
 
 
 def test_scenes_of_one_object_ask_for_no_class() -> None:
-    single = [scene for scene in scenes(500) if len(scene.objects) == 1][:2]
+    single = [each for each in scenes(50) if len(each.objects) == 1][:2]
     found = measure(demo(), single)
     assert (found.scenes, found.maps, found.asked, found.other) == (2, 0, 0, 0)

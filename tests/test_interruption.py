@@ -27,8 +27,7 @@ from vitviz.runs.files import is_whole, read_provenance
 COUNT = 40
 DEMO = ["-m", "demo", "--device", "cpu", "--batch-size", "4"]
 SAVE = ["--save", "overlay", "--save", "npy", "--save", "panel"]
-KILLS = 20
-IN_A_ROW = 5  # of them, until a run is left in peace
+IN_A_ROW = 5  # kills, until a run is left in peace
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +120,9 @@ SLOW_DISK = (
 )
 
 
+@pytest.mark.parametrize("least", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_any_moment_and_run_again_ends_as_if_undisturbed(
-    nursery: Nursery, photos: Path, tmp_path: Path
+    nursery: Nursery, photos: Path, tmp_path: Path, least: int
 ) -> None:
     moments = random.Random(0)
     command = ["grad-rollout", "p", *DEMO, *SAVE, "--json", "--skip-existing"]
@@ -132,7 +132,7 @@ def test_killed_at_any_moment_and_run_again_ends_as_if_undisturbed(
     assert whole.code == 0, whole.err
     kills = left = 0
     attempts = count()
-    while kills < KILLS:
+    while kills < least:
         out = tmp_path / f"out{next(attempts)}"  # a finished one would leave nothing to kill
         for _ in range(IN_A_ROW):
             child = nursery.start(*command, "-o", out, cwd=photos.parent, prelude=SLOW_DISK)
