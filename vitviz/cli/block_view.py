@@ -16,6 +16,7 @@ _MAX_ATTENTIONS = 2
 
 
 def block_counts(blocks: Blocks) -> str:
+    """Count a model's blocks and name their kinds."""
     if len(blocks.kinds) == 1:
         alike = ", all identical" if blocks.count > 1 else ""
         return f"{blocks.count} × {blocks.kinds[0].kind}{alike}"
@@ -24,6 +25,7 @@ def block_counts(blocks: Blocks) -> str:
 
 
 def blocks_rows(blocks: Blocks) -> list[_Row]:
+    """Describe a model's blocks, each kind of them once."""
     first, *others = blocks.kinds
     rows = _block_rows(first, alone=not others)
     for kind in others[:_MAX_KINDS]:
@@ -79,6 +81,7 @@ def _difference(kind: BlockKind, first: BlockKind) -> str:
 
 
 def seen(attentions: Sequence[BlockAttention]) -> list[tuple[int, ...]]:
+    """Write how one kind of block is built, in labelled rows."""
     return [attention.probabilities for attention in attentions]
 
 

@@ -26,16 +26,19 @@ class Interruption:
     """
 
     def __init__(self) -> None:
+        """Wait for the first signal."""
         self._came: float | None = None
         self._telling = False
         self._put_off: SystemExit | None = None
 
     def __enter__(self) -> Interruption:
+        """Take the signals over."""
         signals = (signal.SIGINT, signal.SIGTERM)
         self._before = {number: signal.signal(number, self._come) for number in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -21,6 +21,7 @@ def layers(layers: Sequence[Layer]) -> str:
 
 
 def channels(layer: Layer, name: str | None = None) -> str:
+    """Name a layer with its channels."""
     return f"{layer.name if name is None else name} {layer.inputs} → {layer.outputs}".strip()
 
 
@@ -36,12 +37,15 @@ def short(count: int) -> str:
 
 
 def percent(share: float) -> str:
+    """Write a share as a percentage."""
     return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 
 def shape_text(sizes: Sequence[int]) -> str:
+    """Write a shape in parentheses."""
     return f"({', '.join(map(str, sizes))})"
 
 
 def times(sizes: Sequence[int]) -> str:
+    """Write sizes with × between them."""
     return "×".join(map(str, sizes))

@@ -117,4 +117,5 @@ def _localisation(model: Model, task: Task, relevance: Tensor) -> dict[str, floa
 
 
 def failed(task: Task, error: str) -> Failure:
+    """Let a task fail."""
     return Failure(number=task.number, error=error, is_last=task.is_last)

@@ -118,6 +118,7 @@ class TaskLoader:
     def __init__(
         self, model: Model, subjects: Sequence[AnnotatedImage], options: EvaluationOptions
     ) -> None:
+        """Find out which class is wanted of each image."""
         self._model = model
         self._frame = input_transform(model, options.fit)
         self._judged = any(subject.truth is not None for subject in subjects)

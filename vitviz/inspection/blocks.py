@@ -24,6 +24,7 @@ _ACTIVATION_HOMES = ("torch.nn.modules.activation", "timm.layers.activations")
 
 
 def measure_blocks(traced: TracedModel) -> Blocks | None:
+    """Measure the sequence of blocks; None where there is none."""
     cost = traced.part_cost(1)
     if cost is None:
         return None

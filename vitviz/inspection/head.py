@@ -12,6 +12,7 @@ __all__ = ["measure_head"]
 
 
 def measure_head(traced: TracedModel, support: Support) -> Head:
+    """Measure what follows the last block."""
     cost = traced.part_cost(2)
     norms = norm_runs(traced, 2) if cost else []
     shape = norms[0].input_shape if norms else None

@@ -31,6 +31,7 @@ class TracedModel:
     """A traced model, with the questions that all parts ask of it."""
 
     def __init__(self, module: nn.Module, trace: Trace) -> None:
+        """Prepare what is asked again and again."""
         self.module = module
         self.trace = trace
         self.modules = dict(module.named_modules())
@@ -134,6 +135,7 @@ def outermost(traced: TracedModel, within: str, after: float = 0) -> list[Layer]
 
 
 def product_layer(traced: TracedModel, product: Product, within: str) -> Layer:
+    """Name the layer of a product, by the weight that it uses."""
     # A weight may be used without running its module (BEiT adds its bias by itself).
     path = product.weight.rpartition(".")[0] if product.weight else product.path
     path = path if path in traced.modules else product.path
@@ -158,10 +160,12 @@ def norm_runs(traced: TracedModel, part: int) -> list[ModuleRun]:
 
 
 def is_within(path: str, home: str) -> bool:
+    """Tell whether a module is another one, or inside it."""
     return not home or path == home or path.startswith(f"{home}.")
 
 
 def relative(path: str, home: str) -> str:
+    """Name a module relative to the one that it is in."""
     return path[len(home) :].lstrip(".") if is_within(path, home) else path
 
 

@@ -121,5 +121,6 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def input_channels(module: nn.Module) -> int:
+    """Count the channels of the images that a model takes."""
     config = getattr(module, "pretrained_cfg", None) or {}
     return int(config.get("input_size", (3,))[0])

@@ -278,6 +278,7 @@ def _prefix_counts(module: nn.Module) -> tuple[int, int, int]:
 
 
 def token_count(owners: tuple[Any, ...], name: str) -> int:
+    """Count the tokens that a parameter of this name holds."""
     found = next(
         (tokens for owner in owners if (tokens := getattr(owner, name, None)) is not None), None
     )
