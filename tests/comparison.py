@@ -10,12 +10,14 @@ import numpy as np
 
 import linear_oracles
 import oracles
+from fixtures_methods import make_method
 from linear_oracles import LinearSteps, LinearTrace, Rules
 from oracles import Array
 from tiny import TinyCase
 from vitviz.explaining.batch import explain_batch
+from vitviz.methods.method import Method
 from vitviz.models.model import Model, load_model
-from vitviz.options import AttentionRule, HeadFusion, Method, MethodOptions
+from vitviz.options import AttentionRule, HeadFusion
 
 TOLERANCE = 1e-4  # of a map's range, the contract's
 
@@ -38,10 +40,10 @@ class Setting:
     def is_gradient(self) -> bool:
         return self.fusion == "gradient"
 
-    def options(self, classes: tuple[str, ...] = ("top1",)) -> MethodOptions:
+    def options(self, classes: tuple[str, ...] = ("top1",)) -> Method:
         """Say the same to the package."""
-        return MethodOptions(
-            method=Method.GRAD_ROLLOUT if self.is_gradient else Method.ROLLOUT,
+        return make_method(
+            "grad-rollout" if self.is_gradient else "rollout",
             discard=self.discard,
             start_layer=self.start_layer,
             head_fusion=HeadFusion.MAX if self.is_gradient else HeadFusion(self.fusion),
@@ -74,10 +76,10 @@ class LinearSetting:
     def is_evidence(self) -> bool:
         return self.name in ("value", "shared")
 
-    def options(self, classes: tuple[str, ...] = ("top1",), refine: int = 1) -> MethodOptions:
+    def options(self, classes: tuple[str, ...] = ("top1",), refine: int = 1) -> Method:
         """Say the same to the package."""
-        return MethodOptions(
-            method=Method.EVIDENCE if self.is_evidence else Method.RELEVANCE,
+        return make_method(
+            "evidence" if self.is_evidence else "relevance",
             classic=self.name == "classic",
             rule=AttentionRule(self.name) if self.is_evidence else AttentionRule.VALUE,
             start_layer=self.start_layer,

@@ -15,12 +15,15 @@ import oracles
 import vitviz
 from comparison import loaded, traced
 from fixtures_io import picture, tiny_model
+from fixtures_methods import make_method
 from tiny import CASES, LARGE_CASES, TinyCase
 from vitviz.cli.app import main
 from vitviz.errors import OptionError
 from vitviz.explaining.batch import explain_batch
 from vitviz.images.sources import find_sources
-from vitviz.options import Fit, Job, Method, MethodOptions
+from vitviz.methods.attention import RawAttention
+from vitviz.options import Fit
+from vitviz.runs.job import Job
 from vitviz.runs.pipeline import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +37,7 @@ def by_hand(case: TinyCase, readout: oracles.Array) -> oracles.Array:
 
 
 def found(case: TinyCase, query: tuple[int, int] | None = None) -> oracles.Array:
-    options = MethodOptions(method=Method.ATTENTION, query=query)
+    options = RawAttention(query=query)
     maps = explain_batch(loaded(case), case.images(), options).relevance
     assert maps.shape[1] == 1
     return np.asarray(maps[:, 0], np.float64)
@@ -73,7 +76,7 @@ def test_sheet_keeps_to_the_longest_side() -> None:
 
 
 def test_patch_outside_of_the_grid_is_refused_before_work() -> None:
-    with pytest.raises(OptionError, match=r"--query is 4,0, .* from 0,0 to 3,3"):
+    with pytest.raises(OptionError, match=r"query is 4,0, .* from 0,0 to 3,3"):
         vitviz.attention(tiny_model(), [picture(40, 40)], query=(4, 0))
 
 
@@ -83,7 +86,7 @@ def test_patch_that_only_some_shapes_have_fails_the_others(
     monkeypatch.chdir(tmp_path)
     for name, size in (("tall.png", (128, 32)), ("wide.png", (32, 128))):
         picture(*size).save(name)
-    method = MethodOptions(method=Method.ATTENTION, query=(0, 6))
+    method = RawAttention(query=(0, 6))
     job = Job(method=method, fit=Fit.NATIVE)
     sources, _ = find_sources(["tall.png", "wide.png"])
     tall, wide = run(tiny_model(), sources, job)
@@ -118,15 +121,13 @@ def test_command_writes_sheet_and_numbers_and_nothing_else_to_stderr(tmp_path: P
 
 def test_query_of_an_image_that_is_moved_is_refused() -> None:
     with pytest.raises(OptionError, match="--query names a patch.*use one of them"):
-        MethodOptions(method=Method.ATTENTION, query=(0, 0), refine=2)
+        RawAttention(query=(0, 0), refine=2)
 
 
-@pytest.mark.parametrize("method", [Method.ATTENTION, Method.EVIDENCE])
-def test_all_blocks_take_part(method: Method) -> None:
+@pytest.mark.parametrize("method", ["attention", "evidence"])
+def test_all_blocks_take_part(method: str) -> None:
     plain, started = (
-        explain_batch(
-            loaded(CASES[0]), CASES[0].images(), MethodOptions(method=method, start_layer=start)
-        )
+        explain_batch(loaded(CASES[0]), CASES[0].images(), make_method(method, start_layer=start))
         for start in (None, 1)
     )
     assert torch.equal(plain.relevance, started.relevance)

@@ -32,10 +32,10 @@ from fixtures_io import (
     save_tiny,
     tiny_state,
 )
+from vitviz.explaining import samples as explaining
 from vitviz.models import model as models
 from vitviz.models.devices import describe_device
 from vitviz.options import OutputKind
-from vitviz.runs import pipeline
 from vitviz.runs.files import Provenance, read_provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -859,7 +859,7 @@ def test_interruption_leaves_with_130(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "explain_batch", interrupt)
+        patch.setattr(explaining, "explain_batch", interrupt)
         done = shell("rollout", "a.png", *tiny)
     assert done.code == 130
     assert "Traceback" not in done.err
@@ -870,14 +870,14 @@ def test_termination_leaves_with_143_and_restores_the_handler(
 ) -> None:
     save_pictures(Path(), ["a.png"])
     before = signal.getsignal(signal.SIGTERM)
-    real = pipeline.explain_batch
+    real = explaining.explain_batch
 
     def terminate(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "explain_batch", terminate)
+        patch.setattr(explaining, "explain_batch", terminate)
         done = shell("rollout", "a.png", *tiny)
     assert done.code == 143
     assert signal.getsignal(signal.SIGTERM) is before

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import vitviz
-import vitviz.explaining.batch
+import vitviz.methods.forward
 from vitviz.demo import CLASSES, evaluate
 from vitviz.demo.evaluate import FIRST_SEED, Figures, measure
 from vitviz.demo.scenes import Scene, paint_scene
@@ -85,12 +85,12 @@ def test_rollout_lies_on_the_objects_more_than_their_area_says(figures: Figures)
 def test_gradients_of_the_blocks_in_reverse_order_fail_clearly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = vitviz.explaining.batch.output_gradients
+    right = vitviz.methods.forward.output_gradients
 
     def reversed_gradients(*args: Any, **kwargs: Any) -> Any:
         return right(*args, **kwargs)[::-1]
 
-    monkeypatch.setattr(vitviz.explaining.batch, "output_gradients", reversed_gradients)
+    monkeypatch.setattr(vitviz.methods.forward, "output_gradients", reversed_gradients)
     mistaken = measure(demo(), scenes(100))
     assert mistaken.asked <= 0.85, asdict(mistaken)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fixtures_io import tiny_module
 from vitviz.errors import CaptureError
 from vitviz.explaining.batch import explain_batch
+from vitviz.methods.rollout import Rollout
 from vitviz.models.model import Model, load_model
-from vitviz.options import MethodOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ def test_tokens_lost_since_the_model_was_loaded_are_noticed() -> None:
     blocks: Any = model.module.blocks
     blocks[2] = Shortening(blocks[2])
     with pytest.raises(CaptureError, match="number of tokens changes"):
-        explain_batch(model, images, MethodOptions())
+        explain_batch(model, images, Rollout())
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,6 @@ def test_missing_memory_is_told_from_other_failures(
 
     model.module.forward = fail  # type: ignore[method-assign]
     with pytest.raises(raised) as caught:
-        explain_batch(model, images, MethodOptions())
+        explain_batch(model, images, Rollout())
     assert type(caught.value) is raised
     assert str(error) in str(caught.value)

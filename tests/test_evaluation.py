@@ -35,11 +35,13 @@ from vitviz.demo import CLASSES as DEMO_CLASSES
 from vitviz.errors import LabelError, OptionError, OutputError, UnsupportedModelError
 from vitviz.evaluation import chart
 from vitviz.evaluation import measuring as examination
+from vitviz.evaluation.options import EvaluationOptions
 from vitviz.evaluation.summary import CSV_HEADER, METRICS, Evaluation
+from vitviz.explaining import samples as explaining
 from vitviz.explaining.batch import BatchMaps, explain_batch
 from vitviz.images.sources import Source
+from vitviz.methods.table import named_method, variants
 from vitviz.models.model import Model, load_model
-from vitviz.options import VARIANTS, EvaluationOptions, variant
 from vitviz.runs.files import read_provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,7 +103,7 @@ def test_mask_as_a_map_beats_everything(monkeypatch: pytest.MonkeyPatch) -> None
         for value in np.unique(values[values > 0]).tolist():
             mask = values == value
             share = mask.reshape(12, 32, 12, 32).mean(axis=(1, 3))  # of each patch
-            monkeypatch.setattr(examination, "explain_batch", showing(share))
+            monkeypatch.setattr(explaining, "explain_batch", showing(share))
             found = vitviz.evaluate(
                 demo(), [path], methods=["rollout", "evidence"], masks=[mask], target=value - 1
             )
@@ -124,7 +126,7 @@ def showing(share: np.ndarray[Any, Any]) -> Any:
 
     def explain(model: Model, images: Tensor, options: Any, **others: Any) -> BatchMaps:
         found = explain_batch(model, images, options, **others)
-        if options != VARIANTS["rollout"]:
+        if options != variants()["rollout"]:
             return found
         given = torch.from_numpy(share).float().expand_as(found.relevance)
         return replace(found, relevance=given)
@@ -170,10 +172,10 @@ def test_known_class_is_explained_by_all_methods() -> None:
     model, images = tiny_model(), torch.randn(5, 3, SIZE, SIZE)
     classes = torch.tensor([[4], [0], [6], [1], [1]])
     for name in ("grad-rollout", "relevance", "evidence"):
-        forced = explain_batch(model, images, variant(name), class_indices=classes)
+        forced = explain_batch(model, images, named_method(name).method, class_indices=classes)
         assert torch.equal(forced.class_indices, classes)
         for row, class_index in enumerate(classes[:, 0].tolist()):
-            asked = replace(variant(name), classes=(str(class_index),))
+            asked = replace(named_method(name).method, classes=(str(class_index),))
             alone = explain_batch(model, images[row : row + 1], asked).relevance[0, 0]
             assert torch.allclose(forced.relevance[row, 0], alone, atol=1e-5 * float(alone.max()))
 
@@ -268,11 +270,11 @@ def test_images_and_masks_of_many_shapes_go_together(fit: str) -> None:
 def test_overflow_fails_the_image_and_names_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
     def explain(model: Model, images: Tensor, options: Any, **others: Any) -> BatchMaps:
         found = explain_batch(model, images, options, **others)
-        if options == variant("grad-rollout"):
+        if options == named_method("grad-rollout").method:
             found.relevance[1] = float("nan")
         return found
 
-    monkeypatch.setattr(examination, "explain_batch", explain)
+    monkeypatch.setattr(explaining, "explain_batch", explain)
     found = vitviz.evaluate(tiny_model(), pictures(3), methods=["rollout", "grad-rollout"])
     (failed,) = found.failed
     assert failed.source.key == "image 1"
@@ -347,7 +349,7 @@ def test_baselines_are_always_there_and_methods_that_suit_by_default() -> None:
     options = EvaluationOptions(methods=("evidence", "evidence"))
     assert examination.method_names(tiny_model(), options) == ("random", "centre", "evidence")
     all_of_them = examination.method_names(tiny_model(), EvaluationOptions())
-    assert all_of_them == ("random", "centre", *VARIANTS)
+    assert all_of_them == ("random", "centre", *variants())
 
 
 # The command
@@ -684,7 +686,7 @@ def test_what_was_measured_before_an_interruption_is_told(
             raise SystemExit(130)
         return explain_batch(model, images, *others, **more)
 
-    monkeypatch.setattr(examination, "explain_batch", explain)
+    monkeypatch.setattr(explaining, "explain_batch", explain)
     words = ["--batch-size", "1", "--csv", "n.csv", "--json"]
     done = shell("evaluate", "p", *words, *tiny)
     assert done.code == 130
@@ -708,7 +710,7 @@ def test_progress_is_told_in_parts_of_images_and_comes_to_all_of_them() -> None:
         )
     ]
     options = EvaluationOptions(methods=("rollout", "evidence"), target="mask", batch_size=2)
-    found = list(examination.examine(tiny_model(), subjects, options, advance=parts.append))
+    found = list(examination.measure(tiny_model(), subjects, options, advance=parts.append))
     assert [len(each.cases) for each in found] == [1, 3, 1]
     assert sum(parts) == pytest.approx(3)
     assert max(parts) < 0.3

@@ -19,13 +19,13 @@ from PIL import Image
 import vitviz
 from fixtures_io import SIZE, at_most, picture, tiny_model, tiny_module
 from vitviz.errors import ImageError, SourceError
+from vitviz.explaining.samples import input_transform
 from vitviz.images.decoding import ImageFile, read_file
 from vitviz.images.fitting import InputTransform, native_size
 from vitviz.images.samples import ImageSample, load_sample, sample_of
 from vitviz.images.sources import Source, find_sources
 from vitviz.models.model import Model, load_model
 from vitviz.options import Fit
-from vitviz.runs.pipeline import input_transform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,14 +14,16 @@ from fixtures_io import tiny_model, tiny_module
 from vitviz.explaining import parallel as lanes
 from vitviz.explaining.batch import explain_batch
 from vitviz.explaining.parallel import batch_size_for, map_parts
+from vitviz.methods.method import Method
+from vitviz.methods.rollout import GradRollout, Rollout
 from vitviz.models.capture import AttentionCapture
 from vitviz.models.model import Model, load_model
-from vitviz.options import HeadFusion, Method, MethodOptions
+from vitviz.options import HeadFusion
 
 METHODS = [
-    MethodOptions(),
-    MethodOptions(head_fusion=HeadFusion.MEAN, discard=0),
-    MethodOptions(method=Method.GRAD_ROLLOUT, classes=("3", "top2")),
+    Rollout(),
+    Rollout(head_fusion=HeadFusion.MEAN, discard=0),
+    GradRollout(classes=("3", "top2")),
 ]
 
 
@@ -52,7 +54,7 @@ def talking_heads() -> Model:
 @pytest.mark.parametrize("make", [tiny_model, talking_heads])
 @pytest.mark.parametrize("options", METHODS, ids=["max", "mean", "gradient"])
 def test_lanes_give_the_maps_of_one_lane(
-    monkeypatch: pytest.MonkeyPatch, options: MethodOptions, make: object
+    monkeypatch: pytest.MonkeyPatch, options: Method, make: object
 ) -> None:
     model = make()  # type: ignore[operator]
     images = torch.randn(7, 3, *model.preprocessing.size)
@@ -72,7 +74,7 @@ def test_lanes_give_the_maps_of_one_lane(
     one_by_one = explain_batch(model, images, options)
     torch.testing.assert_close(side_by_side.logits, one_by_one.logits)
     torch.testing.assert_close(side_by_side.relevance, one_by_one.relevance)
-    if options.method is Method.GRAD_ROLLOUT:
+    if isinstance(options, GradRollout):
         assert side_by_side.class_indices is not None
         assert one_by_one.class_indices is not None
         assert torch.equal(side_by_side.class_indices, one_by_one.class_indices)

@@ -19,17 +19,18 @@ import vitviz
 from fixtures_io import CLASSES, picture, save_pictures, tiny_model, tiny_module
 from vitviz.errors import ImageError, UnsupportedModelError, WeightsError
 from vitviz.images.sources import find_sources
+from vitviz.methods.method import Method
+from vitviz.methods.rollout import GradRollout, Rollout
 from vitviz.models.model import Model, load_model
-from vitviz.options import Job, Method, MethodOptions, OutputKind, PictureOptions
+from vitviz.options import OutputKind, PictureOptions
+from vitviz.runs.job import Job
 from vitviz.runs.pipeline import run
 from vitviz.runs.records import Result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GRADIENT = MethodOptions(method=Method.GRAD_ROLLOUT)
-METHODS = pytest.mark.parametrize(
-    "method", [MethodOptions(), GRADIENT], ids=["rollout", "grad-rollout"]
-)
+GRADIENT = GradRollout()
+METHODS = pytest.mark.parametrize("method", [Rollout(), GRADIENT], ids=["rollout", "grad-rollout"])
 SILENT = 2  # the class whose logit does not depend on the image
 
 
@@ -40,9 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def explained(
-    model: Model, method: MethodOptions, **options: Any
-) -> tuple[list[Result], list[str]]:
+def explained(model: Model, method: Method, **options: Any) -> tuple[list[Result], list[str]]:
     """Run over the pictures; return the results and what was said."""
     said: list[str] = []
     job = Job(method=method, workers=1, **options)
@@ -93,7 +92,7 @@ def masked(module: nn.Module, row: int) -> Iterator[None]:
 
 @METHODS
 def test_overflow_in_half_precision_fails_each_image_with_the_reason(
-    here: Path, method: MethodOptions
+    here: Path, method: Method
 ) -> None:
     model = load_model(large(1e5), device="cpu", precision="fp16")
     results, _ = explained(model, method)
@@ -125,7 +124,7 @@ def test_embedding_that_overflows_in_half_precision_is_not_called_an_unknown_rea
 @METHODS
 @pytest.mark.parametrize("row", [0, 5], ids=["class token", "patch token"])
 def test_row_that_is_masked_throughout_fails_the_image(
-    here: Path, method: MethodOptions, row: int
+    here: Path, method: Method, row: int
 ) -> None:
     model = tiny_model()
     with masked(model.module, row):
@@ -146,7 +145,7 @@ def test_numbers_that_are_not_finite_reach_python_as_an_error() -> None:
 
 
 def test_class_without_a_say_is_told_of_once_and_shows_no_heat(here: Path) -> None:
-    method = MethodOptions(method=Method.GRAD_ROLLOUT, classes=(str(SILENT), "1"))
+    method = GradRollout(classes=(str(SILENT), "1"))
     pictures = PictureOptions(kinds=(OutputKind.NPY, OutputKind.HEATMAP))
     results, said = explained(without_a_say(), method, pictures=pictures, batch_size=2)
     assert [result.status for result in results] == ["written"] * 3
@@ -177,7 +176,7 @@ def test_uniform_attention_is_told_of_in_rollout(here: Path) -> None:
         for block in module.blocks:
             block.attn.qkv.weight[:128] = 0
             block.attn.qkv.bias[:128] = 0
-    results, said = explained(load_model(module, device="cpu"), MethodOptions(discard=0.0))
+    results, said = explained(load_model(module, device="cpu"), Rollout(discard=0.0))
     assert [result.status for result in results] == ["written"] * 3
     (warning,) = said
     assert "no heat at all in 3 maps," in warning
@@ -185,7 +184,7 @@ def test_uniform_attention_is_told_of_in_rollout(here: Path) -> None:
 
 
 @METHODS
-def test_maps_with_heat_are_not_spoken_of(here: Path, method: MethodOptions) -> None:
+def test_maps_with_heat_are_not_spoken_of(here: Path, method: Method) -> None:
     _, said = explained(tiny_model(), method)
     assert not said
     with warnings.catch_warnings():

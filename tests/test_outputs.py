@@ -27,7 +27,9 @@ from vitviz.explaining.explanation import Explanation, Prediction
 from vitviz.images.fitting import InputTransform
 from vitviz.images.samples import sample_of
 from vitviz.images.sources import Source
-from vitviz.options import Fit, Method, OutputKind
+from vitviz.methods.method import Method
+from vitviz.methods.rollout import Rollout
+from vitviz.options import Fit, OutputKind
 from vitviz.runs import files as outputs
 from vitviz.runs.files import (
     Provenance,
@@ -61,7 +63,7 @@ def explanation() -> Explanation:
         crop_pct=1.0,
     )
     return Explanation(
-        method=Method.ROLLOUT,
+        method=Rollout(),
         relevance=np.random.default_rng(0).random((2, 3)).astype(np.float32),
         sample=sample_of(picture(20, 30), "x", frame, 1024),
     )
@@ -77,14 +79,14 @@ def path_of(key: str, method: Method, request: str | None, kind: OutputKind) -> 
 @pytest.mark.parametrize(
     ("method", "request_key", "kind", "expected"),
     [
-        (Method.ROLLOUT, None, OutputKind.OVERLAY, "rollout.png"),
-        (Method.ROLLOUT, None, OutputKind.HEATMAP, "rollout.heatmap.png"),
-        (Method.ROLLOUT, None, OutputKind.PANEL, "rollout.panel.png"),
-        (Method.ROLLOUT, None, OutputKind.NPY, "rollout.npy"),
-        (Method.GRAD_ROLLOUT, "c281", OutputKind.OVERLAY, "grad-rollout.c281.png"),
-        (Method.GRAD_ROLLOUT, "c281", OutputKind.HEATMAP, "grad-rollout.c281.heatmap.png"),
-        (Method.GRAD_ROLLOUT, "top1", OutputKind.PANEL, "grad-rollout.top1.panel.png"),
-        (Method.GRAD_ROLLOUT, "top5", OutputKind.NPY, "grad-rollout.top5.npy"),
+        ("rollout", None, OutputKind.OVERLAY, "rollout.png"),
+        ("rollout", None, OutputKind.HEATMAP, "rollout.heatmap.png"),
+        ("rollout", None, OutputKind.PANEL, "rollout.panel.png"),
+        ("rollout", None, OutputKind.NPY, "rollout.npy"),
+        ("grad-rollout", "c281", OutputKind.OVERLAY, "grad-rollout.c281.png"),
+        ("grad-rollout", "c281", OutputKind.HEATMAP, "grad-rollout.c281.heatmap.png"),
+        ("grad-rollout", "top1", OutputKind.PANEL, "grad-rollout.top1.panel.png"),
+        ("grad-rollout", "top5", OutputKind.NPY, "grad-rollout.top5.npy"),
     ],
 )
 def test_name_is_the_contracts(
@@ -96,7 +98,7 @@ def test_name_is_the_contracts(
 
 @pytest.mark.parametrize("key", ["a", ".hidden", "a.b.c", "a b\n.png", "-x.png", "[red].png"])
 def test_odd_names_are_kept(key: str) -> None:
-    assert path_of(key, Method.ROLLOUT, None, OutputKind.OVERLAY) == f"vitviz-out/{key}.rollout.png"
+    assert path_of(key, "rollout", None, OutputKind.OVERLAY) == f"vitviz-out/{key}.rollout.png"
 
 
 LONG = ["x" * 251 + ".png", "é" * 120 + ".png", "猫" * 83 + ".jpg", "\U0001f408" * 62 + ".png"]
@@ -107,7 +109,7 @@ LONG += [os.fsdecode(b"\xe9" * 250 + b".png")]
 @pytest.mark.parametrize("key", LONG, ids=range(len(LONG)))
 @pytest.mark.parametrize("kind", OutputKind)
 def test_long_name_is_shortened_and_ends_in_its_digest(key: str, kind: OutputKind) -> None:
-    path = output_path(OUT, Source(path=Path(key), key=key), Method.GRAD_ROLLOUT, "c281", kind)
+    path = output_path(OUT, Source(path=Path(key), key=key), "grad-rollout", "c281", kind)
     name = os.fsencode(path.name)
     parts = [key, "grad-rollout", "c281"]
     parts += [kind.value] if kind in (OutputKind.HEATMAP, OutputKind.PANEL) else []
@@ -125,15 +127,13 @@ def test_long_name_is_shortened_and_ends_in_its_digest(key: str, kind: OutputKin
 
 def test_name_of_255_bytes_is_kept() -> None:
     key = "x" * (255 - len(".rollout.png"))
-    assert path_of(key, Method.ROLLOUT, None, OutputKind.OVERLAY).endswith(
-        "/" + key + ".rollout.png"
-    )
-    assert key + "x" not in path_of(key + "x", Method.ROLLOUT, None, OutputKind.OVERLAY)
+    assert path_of(key, "rollout", None, OutputKind.OVERLAY).endswith("/" + key + ".rollout.png")
+    assert key + "x" not in path_of(key + "x", "rollout", None, OutputKind.OVERLAY)
 
 
 def test_shortened_names_stay_apart() -> None:
     names = {
-        path_of("猫" * 83 + tail, Method.GRAD_ROLLOUT, request, kind)
+        path_of("猫" * 83 + tail, "grad-rollout", request, kind)
         for tail in (".jpg", ".png")
         for request in ("c1", "c2", "top1")
         for kind in OutputKind
@@ -143,7 +143,7 @@ def test_shortened_names_stay_apart() -> None:
 
 def test_shortened_name_can_be_written(tmp_path: Path) -> None:
     source = Source(path=Path("a"), key="é" * 125 + ".png")
-    path = output_path(tmp_path, source, Method.ROLLOUT, None, OutputKind.PANEL)
+    path = output_path(tmp_path, source, "rollout", None, OutputKind.PANEL)
     write_whole(path, b"x", MINE)
     assert path.read_bytes() == b"x"
 
@@ -153,7 +153,7 @@ def test_shortened_name_can_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", OutputKind)
 def test_provenance_travels_inside_the_file(tmp_path: Path, kind: OutputKind) -> None:
-    path = output_path(tmp_path, Source(path=Path("a"), key="a"), Method.ROLLOUT, None, kind)
+    path = output_path(tmp_path, Source(path=Path("a"), key="a"), "rollout", None, kind)
     path.write_bytes(encode(explanation(), kind, MINE))
     assert read_provenance(path) == MINE
 

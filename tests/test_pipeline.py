@@ -14,18 +14,22 @@ from PIL import Image
 
 import vitviz
 from fixtures_io import picture, save_pictures, tiny_model, tiny_module
+from fixtures_methods import make_method
 from vitviz.errors import ImageError, LabelError, OptionError, SourceError, VitvizError
 from vitviz.images.sources import Source, find_sources
+from vitviz.methods.method import Method
+from vitviz.methods.rollout import GradRollout, Rollout
 from vitviz.models.model import load_model
-from vitviz.options import Fit, Job, Method, MethodOptions, OutputKind, PictureOptions
+from vitviz.options import Fit, OutputKind, PictureOptions
 from vitviz.runs import pipeline
 from vitviz.runs import records as ledger
+from vitviz.runs.job import Job
 from vitviz.runs.pipeline import run
 from vitviz.runs.records import Result, run_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GRADIENT = MethodOptions(method=Method.GRAD_ROLLOUT, classes=("3", "top2"))
+GRADIENT = GradRollout(classes=("3", "top2"))
 NPY = PictureOptions(kinds=(OutputKind.NPY,))
 
 
@@ -71,17 +75,15 @@ def test_results_come_in_the_order_of_the_sources(
         assert all(output.path.is_file() for output in result.outputs)
 
 
-@pytest.mark.parametrize("method", [MethodOptions(), GRADIENT], ids=["rollout", "grad-rollout"])
+@pytest.mark.parametrize("method", [Rollout(), GRADIENT], ids=["rollout", "grad-rollout"])
 @pytest.mark.parametrize("fit", [Fit.SQUASH, Fit.NATIVE])
-def test_batch_gives_each_image_the_map_it_gets_alone(
-    here: Path, method: MethodOptions, fit: Fit
-) -> None:
+def test_batch_gives_each_image_the_map_it_gets_alone(here: Path, method: Method, fit: Fit) -> None:
     sources = [source for index, source in enumerate(mixed(9)) if index % 5 != 4]
     results(sources, method=method, fit=fit, batch_size=4, pictures=NPY, output=Path("many"))
     for source in sources:
         results([source], method=method, fit=fit, pictures=NPY, output=Path("alone"))
     together = sorted(path.relative_to("many") for path in Path("many").rglob("*.npy"))
-    assert len(together) == len(sources) * (1 if method.method is Method.ROLLOUT else 3)
+    assert len(together) == len(sources) * (1 if isinstance(method, Rollout) else 3)
     for path in together:
         assert close(np.load("many" / path), np.load("alone" / path)), path
 
@@ -143,7 +145,7 @@ def test_image_that_the_model_has_no_memory_for_fails_alone(
 def test_half_precision_gives_nearly_the_same_maps(
     here: Path, name: str, precision: str, closeness: float
 ) -> None:
-    method = MethodOptions(method=Method(name), classes=("3",))
+    method = make_method(name, classes=("3",))
     half = load_model(tiny_module(), device="cpu", precision=precision)
     save_pictures(here / "p", ["a.png", "b.png"])
     sources = find_sources(["p"])[0]
@@ -155,7 +157,7 @@ def test_half_precision_gives_nearly_the_same_maps(
         assert rough.dtype == np.float32
         assert (whole != rough).any()
         assert np.corrcoef(whole.ravel(), rough.ravel())[0, 1] > closeness
-    recorded = run_record(half, Job())["run"]["options"]["dtype"]
+    recorded = run_record(half.record, Job())["run"]["options"]["dtype"]
     assert recorded == {"fp16": "float16", "bf16": "bfloat16"}[precision]
 
 
@@ -251,10 +253,8 @@ class _Poison:
         self._handle.remove()
 
 
-@pytest.mark.parametrize("method", [MethodOptions(), GRADIENT], ids=["rollout", "grad-rollout"])
-def test_numbers_that_are_not_finite_fail_that_image_only(
-    here: Path, method: MethodOptions
-) -> None:
+@pytest.mark.parametrize("method", [Rollout(), GRADIENT], ids=["rollout", "grad-rollout"])
+def test_numbers_that_are_not_finite_fail_that_image_only(here: Path, method: Method) -> None:
     names = ["0.png", "1.png", "2.png", "3.png"]
     save_pictures(here / "p", names)
     Image.new("RGB", (40, 40)).save("p/1.png")
@@ -367,14 +367,14 @@ def test_all_classes_and_kinds_are_written(here: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "error"),
     [
-        (MethodOptions(start_layer=6), OptionError),
-        (MethodOptions(method=Method.GRAD_ROLLOUT, classes=("7",)), LabelError),
-        (MethodOptions(method=Method.GRAD_ROLLOUT, classes=("tabby",)), LabelError),
-        (MethodOptions(method=Method.GRAD_ROLLOUT, classes=()), LabelError),
+        (Rollout(start_layer=6), OptionError),
+        (GradRollout(classes=("7",)), LabelError),
+        (GradRollout(classes=("tabby",)), LabelError),
+        (GradRollout(classes=()), LabelError),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_refused(
-    here: Path, method: MethodOptions, error: type[VitvizError]
+    here: Path, method: Method, error: type[VitvizError]
 ) -> None:
     save_pictures(here, ["a.png"])
     with pytest.raises(error):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitviz.methods import propagation
-from vitviz.methods.propagation import Fusion, attention_rollout, fuse_heads, pooled_readout
+from vitviz.methods import discard, row_form
+from vitviz.methods.fusion import Fusion, fuse_heads
+from vitviz.methods.row_form import attention_rollout, pooled_readout
 from vitviz.models.attention import AttentionRecord, MaterializedAttention
 from vitviz.options import HeadFusion
 
@@ -78,7 +79,7 @@ def test_pieces_of_any_size_give_the_same(
     fusions = [fuse_heads(record, fusion) for record in records]
     readout = drawn(9, seed=3) * torch.tensor([0, 0, 1, 0, 1, 1, 0, 0, 0])
     readout /= readout.sum()
-    monkeypatch.setattr(propagation, "_CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(row_form, "_CHUNK_ENTRIES", entries)
     found = attention_rollout(records, fusions, readout, discard=discard)
     expected = readout.double().numpy()
     for image in range(3):
@@ -109,7 +110,7 @@ def test_only_rows_that_are_read_are_computed_in_the_last_block() -> None:
 def test_nearest_ratio_to_1_keeps_an_entry() -> None:
     fused = drawn(2, 5, 5)
     highest = fused.flatten(1).amax(dim=1)
-    propagation._discard_lowest(fused, math.nextafter(1, 0))
+    discard.discard_lowest(fused, math.nextafter(1, 0))
     assert torch.equal(fused.flatten(1).sum(dim=1), highest)
 
 
@@ -130,20 +131,20 @@ ENTRIES = {
 def test_order_statistic_is_that_of_the_sorted_entries(entries: np.ndarray, share: float) -> None:
     index = int(share * entries.size)
     before = entries.copy()
-    assert propagation._order_statistic(entries, index) == np.sort(entries)[index]
+    assert discard._order_statistic(entries, index) == np.sort(entries)[index]
     assert np.array_equal(entries, before)
 
 
 def test_order_statistic_survives_a_sample_that_tells_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = np.arange(5000, dtype=np.float32)
-    monkeypatch.setattr(propagation, "_sample_positions", lambda size: np.arange(100))
-    assert propagation._order_statistic(entries, 4000) == 4000
+    monkeypatch.setattr(discard, "_sample_positions", lambda size: np.arange(100))
+    assert discard._order_statistic(entries, 4000) == 4000
 
 
 def test_entries_that_are_not_numbers_are_not_hidden() -> None:
     entries = drawn(2, 400)
     entries[0, 7] = torch.nan
-    propagation._zero_by_selection(entries, 300)
+    discard._zero_by_selection(entries, 300)
     assert entries[0, 7].isnan()
     assert int((entries[1] == 0).sum()) == 300
 
@@ -151,15 +152,15 @@ def test_entries_that_are_not_numbers_are_not_hidden() -> None:
 @pytest.mark.parametrize("count", [1, 200, 399])
 def test_processor_and_accelerator_discard_the_same(count: int) -> None:
     here, there = drawn(3, 400), drawn(3, 400)
-    propagation._zero_by_selection(here, count)
-    propagation._zero_by_topk(there, count)
+    discard._zero_by_selection(here, count)
+    discard._zero_by_topk(there, count)
     assert torch.equal(here, there)
     assert ((here == 0).sum(dim=1) == count).all()
 
 
 def test_entries_on_an_accelerator_are_discarded_there() -> None:
     """The meta device stands for any but the processor; it computes shapes, and moves nothing."""
-    propagation._discard_lowest(torch.empty(2, 5, 5, device="meta"), 0.5)
+    discard.discard_lowest(torch.empty(2, 5, 5, device="meta"), 0.5)
 
 
 @pytest.mark.parametrize("discard", [0, 0.5])
@@ -193,7 +194,7 @@ def test_no_piece_is_larger_than_asked_for(monkeypatch: pytest.MonkeyPatch, entr
         sizes.append(piece.numel())
         return piece
 
-    monkeypatch.setattr(propagation, "_CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(row_form, "_CHUNK_ENTRIES", entries)
     attention_rollout([record], [noted], torch.full((9,), 1 / 9), discard=0)
     assert sum(sizes) == 3 * 2 * 9 * 9
     assert max(sizes) <= max(entries, 2 * 9)

@@ -13,14 +13,18 @@ from torch import Tensor
 import vitviz
 from comparison import GRADIENTS, LINEAR, ROLLOUTS, AnySetting, distance, loaded
 from fixtures_io import picture, tiny_model
+from fixtures_methods import make_method
 from oracles import Array
 from tiny import CASES, TinyCase
 from vitviz.cli.app import main
 from vitviz.errors import OptionError
 from vitviz.explaining.batch import explain_batch
+from vitviz.methods.evidence import Evidence
+from vitviz.methods.method import Method
 from vitviz.methods.refinement import Shift, place_back, shifted, shifts
+from vitviz.methods.rollout import GradRollout
+from vitviz.methods.table import METHODS
 from vitviz.models.model import load_model
-from vitviz.options import Method, MethodOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,14 +106,14 @@ def test_sums_are_kept_away_from_the_edges() -> None:
     assert float(refined(image, 16, 4).sum()) == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", [each for each in Method if each is not Method.ATTENTION])
+@pytest.mark.parametrize("method", [each for each in METHODS if each != "attention"])
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=str)
-def test_refined_maps_are_the_shifted_maps_put_back(case: TinyCase, method: Method) -> None:
+def test_refined_maps_are_the_shifted_maps_put_back(case: TinyCase, method: str) -> None:
     classes = ("top1",)
-    options = MethodOptions(method=method, classes=classes, refine=2)
+    options = make_method(method, classes=classes, refine=2)
     whole = explain_batch(loaded(case), case.images(), options)
     made = shifts(2, loaded(case).preprocessing.patch)
-    once = MethodOptions(method=method, classes=classes)
+    once = make_method(method, classes=classes)
     maps = [
         explain_batch(
             loaded(case), shifted(case.images(), each), once, class_indices=whole.class_indices
@@ -168,7 +172,7 @@ def test_shift_and_way_back_are_those_of_slow_loops(refine: int, patch: tuple[in
 LITERAL = (ROLLOUTS[0], GRADIENTS[0], *LINEAR)
 
 
-def refining(setting: AnySetting, refine: int, *classes: str) -> MethodOptions:
+def refining(setting: AnySetting, refine: int, *classes: str) -> Method:
     return replace(setting.options(classes), refine=refine)
 
 
@@ -217,7 +221,7 @@ def test_patches_that_cells_do_not_divide_are_refined(refine: int) -> None:
         img_size=(28, 42), patch_size=14, embed_dim=24, depth=2, num_heads=2, num_classes=5
     )
     images = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(1))
-    options = MethodOptions(method=Method.EVIDENCE, refine=refine)
+    options = Evidence(refine=refine)
     maps = explain_batch(load_model(module.eval(), device="cpu"), images, options).relevance
     assert maps.shape == (2, 1, 2 * refine, 3 * refine)
     assert maps.isfinite().all()
@@ -226,7 +230,7 @@ def test_patches_that_cells_do_not_divide_are_refined(refine: int) -> None:
 @pytest.mark.parametrize("at_once", [1, 4, 7, 100])
 def test_how_many_run_at_once_does_not_matter(at_once: int) -> None:
     case = CASES[0]
-    options = MethodOptions(method=Method.EVIDENCE, classes=("2",), refine=3)
+    options = Evidence(classes=("2",), refine=3)
     one = explain_batch(loaded(case), case.images(), options).relevance
     other = explain_batch(loaded(case), case.images(), options, at_once=at_once).relevance
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -244,7 +248,7 @@ def test_refining_once_is_the_identity() -> None:
 
 def test_ranks_are_those_of_the_image_where_it_is() -> None:
     case = CASES[0]
-    options = MethodOptions(method=Method.GRAD_ROLLOUT, classes=("top1",))
+    options = GradRollout(classes=("top1",))
     plain = explain_batch(loaded(case), case.images(), options)
     moved = shifted(case.images(), shifts(2, (8, 8))[-1])
     elsewhere = explain_batch(loaded(case), moved, options)
@@ -254,7 +258,7 @@ def test_ranks_are_those_of_the_image_where_it_is() -> None:
     fine = explain_batch(
         loaded(case),
         case.images(),
-        MethodOptions(method=Method.GRAD_ROLLOUT, classes=("top1",), refine=2),
+        GradRollout(classes=("top1",), refine=2),
     )
     assert fine.class_indices is not None
     assert torch.equal(fine.class_indices, plain.class_indices)
@@ -262,7 +266,7 @@ def test_ranks_are_those_of_the_image_where_it_is() -> None:
 
 @pytest.mark.parametrize("refine", [0, -1, 17])
 def test_what_cannot_be_refined_is_refused(refine: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(OptionError, match="--refine is"):
+    with pytest.raises(OptionError, match="refine is"):
         vitviz.rollout(tiny_model(), [picture(64, 64)], refine=refine)
     with pytest.raises(SystemExit) as left:
         main(["rollout", "sample_images", "-m", "demo", f"--refine={refine}"])

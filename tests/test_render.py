@@ -15,7 +15,11 @@ from vitviz.explaining.explanation import Explanation
 from vitviz.images.fitting import InputTransform, Region
 from vitviz.images.samples import ImageSample, sample_of
 from vitviz.images.sources import Source
-from vitviz.options import Colormap, Fit, Method, PictureOptions
+from vitviz.methods.evidence import Evidence
+from vitviz.methods.method import Method
+from vitviz.methods.relevance import Relevance
+from vitviz.methods.rollout import GradRollout, Rollout
+from vitviz.options import Colormap, Fit, PictureOptions
 from vitviz.pictures.colors import color_heat
 from vitviz.pictures.heat import normalize, place_heat
 from vitviz.pictures.sheets import overlay, panel
@@ -275,7 +279,7 @@ def sample(height: int, width: int, fit: Fit, max_size: int = 1024) -> ImageSamp
 
 def explanation(image: ImageSample, relevance: np.ndarray, **pictures: object) -> Explanation:
     return Explanation(
-        method=Method.ROLLOUT,
+        method=Rollout(),
         relevance=relevance,
         sample=image,
         pictures=PictureOptions(**pictures),  # type: ignore[arg-type]
@@ -354,7 +358,7 @@ def test_panel_sets_three_pictures_side_by_side() -> None:
 def test_panel_of_a_tiny_picture_with_any_label_is_drawn() -> None:
     image = sample(1, 1, Fit.SQUASH)
     made = Explanation(
-        method=Method.GRAD_ROLLOUT,
+        method=GradRollout(),
         relevance=spot(4, 4, 0, 0),
         sample=image,
         request="c1",
@@ -379,7 +383,7 @@ def test_notebook_shows_the_overlay() -> None:
 def test_caption_says_class_and_score() -> None:
     image = sample(20, 30, Fit.SQUASH)
     made = Explanation(
-        method=Method.GRAD_ROLLOUT,
+        method=GradRollout(),
         relevance=spot(4, 4, 0, 0),
         sample=image,
         request="c3",
@@ -429,13 +433,13 @@ def test_evidence_is_drawn_with_its_sign() -> None:
         1024,
     )
     relevance = np.array([[-2.0, 0.0], [0.0, 1.0]], np.float32)
-    drawn = Explanation(method=Method.EVIDENCE, relevance=relevance, sample=sample).heatmap()
+    drawn = Explanation(method=Evidence(), relevance=relevance, sample=sample).heatmap()
     against, speaking = drawn.getpixel((0, 0)), drawn.getpixel((7, 7))
     assert against[2] > against[0] + 50
     assert speaking[0] > speaking[2] + 20
 
 
-@pytest.mark.parametrize("method", [Method.EVIDENCE, Method.RELEVANCE])
+@pytest.mark.parametrize("method", [Evidence(), Relevance()])
 def test_all_colour_of_an_overlay_with_a_sign_is_heat(method: Method) -> None:
     image = sample(64, 64, Fit.SQUASH)
     nothing = spot(4, 4, 0, 0)

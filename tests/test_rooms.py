@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import vitviz
+from vitviz.methods.table import METHODS
 
 PACKAGE = Path(vitviz.__file__).parent
 
@@ -25,11 +26,11 @@ ROOMS = sorted(
 TORCHLESS = (
     *("errors", "options", "models.labels", "images.sources", "images.samples"),
     *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.files"),
+    *("methods.table", "runs.job", "evaluation.options", "cli.options", "cli.running"),
     *("evaluation.metrics", "evaluation.annotations", "evaluation.chart", "cli.app"),
 )
 LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FUNCTION = 400, 50, 10
 TO_DIVIDE = {  # too long still: they are to be divided, and no other may join them
-    *("cli.app", "explaining.batch"),
     *("models.model.load_model", "models.proofs.check_readout", "models.proofs.check_mixing"),
 }
 
@@ -114,10 +115,25 @@ def test_room_says_what_it_holds(room: str) -> None:
     assert ast.get_docstring(_tree(room))
 
 
-def test_no_room_hides_its_imports_from_the_type_checker() -> None:
+def test_imports_for_the_type_checker_alone_are_only_where_torch_must_wait() -> None:
     for room in ROOMS:
         hidden = [node for node in ast.walk(_tree(room)) if _is_type_checking(node)]
-        assert _floor(room) == "cli" or not hidden, room
+        assert _floor(room) in ("cli", "methods") or not hidden, room
+
+
+def test_words_of_methods_are_named_in_their_own_rooms_alone() -> None:
+    """A method is one object: no branch elsewhere asks which one it is."""
+    words, classes = set(METHODS), {each.__name__ for each in METHODS.values()}
+    for room in ROOMS:
+        if _floor(room) == "methods":
+            continue
+        for node in ast.walk(_tree(room)):
+            if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Match)):
+                asked = node.subject if isinstance(node, ast.Match) else node.test
+                nodes = list(ast.walk(asked))
+                typed = {str(each.value) for each in nodes if isinstance(each, ast.Constant)}
+                named = {each.id for each in nodes if isinstance(each, ast.Name)}
+                assert not typed & words and not named & classes, f"{room}:{node.lineno}"
 
 
 @pytest.mark.parametrize("room", TORCHLESS)

@@ -12,13 +12,16 @@ import torch
 import vitviz
 from comparison import loaded, traced
 from fixtures_io import picture, save_pictures, tiny_model, tiny_module
+from fixtures_methods import make_method
 from tiny import CASES, TinyCase
 from vitviz.explaining.batch import explain_batch
 from vitviz.explaining.explanation import Caveat, Diagnostics
 from vitviz.images.sources import find_sources
-from vitviz.methods.diagnostics import leverage, outlier_tokens, prefix_attention
+from vitviz.methods.diagnostics import gradient_norm_product, outlier_tokens, prefix_attention
+from vitviz.methods.rollout import Rollout
+from vitviz.methods.table import METHODS
 from vitviz.models.model import load_model
-from vitviz.options import Job, Method, MethodOptions
+from vitviz.runs.job import Job
 from vitviz.runs.pipeline import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +29,7 @@ SOUND: dict[str, Any] = {
     "prefix_attention": 0.2,
     "outlier_tokens": 0,
     "contrast": 0.9,
-    "leverage": 5.0,
+    "gradient_norm_product": 5.0,
 }
 
 
@@ -38,7 +41,7 @@ def test_prefix_attention_equals_reference(case: TinyCase) -> None:
         for attention in [traced(case).attention]
         for image in range(len(attention[0]))
     ]
-    found = explain_batch(loaded(case), case.images(), MethodOptions()).prefix_attention
+    found = explain_batch(loaded(case), case.images(), Rollout()).prefix_attention
     exact = read.sum() <= 16  # more are asked in part
     np.testing.assert_allclose(found, expected, atol=1e-6 if exact else 0.05)
 
@@ -55,7 +58,7 @@ def test_outliers_are_counted_for_each_image_and_among_patches_alone() -> None:
 def test_leverage_bounds_what_wiping_out_a_token_changes() -> None:
     values = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     gradient = torch.tensor([[6.0, 8.0], [0.0, 2.0]])
-    assert leverage(values, gradient).tolist() == [50.0, 2.0]
+    assert gradient_norm_product(values, gradient).tolist() == [50.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -65,8 +68,8 @@ def test_leverage_bounds_what_wiping_out_a_token_changes() -> None:
         ({"outlier_tokens": 1}, Caveat.OUTLIERS),
         ({"contrast": 0.04}, Caveat.EVEN),
         ({"contrast": 1e-6}, Caveat.FLAT_FOR_CLASS),
-        ({"contrast": 0.0, "leverage": None}, Caveat.FLAT),
-        ({"leverage": 1e-4}, Caveat.POWERLESS),
+        ({"contrast": 0.0, "gradient_norm_product": None}, Caveat.FLAT),
+        ({"gradient_norm_product": 1e-4}, Caveat.POWERLESS),
     ],
 )
 def test_what_may_mislead_is_doubted(changed: dict[str, Any], caveat: Caveat) -> None:
@@ -75,24 +78,24 @@ def test_what_may_mislead_is_doubted(changed: dict[str, Any], caveat: Caveat) ->
 
 def test_sound_map_is_not_doubted() -> None:
     assert not Diagnostics(**SOUND).caveats()
-    assert not Diagnostics(**{**SOUND, "leverage": None}).caveats()
+    assert not Diagnostics(**{**SOUND, "gradient_norm_product": None}).caveats()
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_each_file_of_each_method_has_its_numbers(method: Method, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", list(METHODS))
+def test_each_file_of_each_method_has_its_numbers(method: str, tmp_path: Path) -> None:
     save_pictures(tmp_path, ["a.png", "b.png"])
     sources, _ = find_sources([str(tmp_path)])
-    options = MethodOptions(method=method, classes=("top1",))
+    options = make_method(method, classes=("top1",))
     job = Job(method=options, output=tmp_path / "out")
     results = list(run(tiny_model(), sources, job, warn=lambda text: None))
-    sanities = [output.sanity for result in results for output in result.outputs]
+    sanities = [output.diagnostics for result in results for output in result.outputs]
     assert len(sanities) == 2
     for sanity in sanities:
         assert sanity is not None
         assert 0 < sanity.prefix_attention < 1
         assert 0 < sanity.contrast <= 2
-        assert (sanity.leverage is not None) == method.explains_class
-        assert sanity.leverage is None or sanity.leverage > 0
+        assert (sanity.gradient_norm_product is not None) == options.explains_class
+        assert sanity.gradient_norm_product is None or sanity.gradient_norm_product > 0
 
 
 def test_tokens_of_large_norm_are_told_once(tmp_path: Path) -> None:
@@ -115,13 +118,13 @@ def test_tokens_of_large_norm_are_told_once(tmp_path: Path) -> None:
 def test_numbers_are_those_of_the_image_as_it_is() -> None:
     """A refined map has the numbers of the image that was not shifted."""
     coarse, fine = (
-        vitviz.grad_rollout(tiny_model(), [picture(64, 64)], refine=refine)[0].sanity
+        vitviz.grad_rollout(tiny_model(), [picture(64, 64)], refine=refine)[0].diagnostics
         for refine in (1, 2)
     )
     assert coarse is not None
     assert fine is not None
     assert fine.prefix_attention == pytest.approx(coarse.prefix_attention)
-    assert fine.leverage == pytest.approx(coarse.leverage)
+    assert fine.gradient_norm_product == pytest.approx(coarse.gradient_norm_product)
 
 
 def test_of_many_tokens_that_are_read_every_so_many_is_asked() -> None:

@@ -28,9 +28,11 @@ _HOMES = {
     "VitvizError": "vitviz.errors",
     "attention": "vitviz.api",
     "evaluate": "vitviz.api",
+    "explain_samples": "vitviz.api",
+    "load_samples": "vitviz.api",
     "evidence": "vitviz.api",
     "grad_rollout": "vitviz.api",
-    "load_model": "vitviz.models.model",
+    "load_model": "vitviz.api",
     "relevance": "vitviz.api",
     "rollout": "vitviz.api",
 }

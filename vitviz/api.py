@@ -1,253 +1,290 @@
-"""What Python users call: the methods as functions of a model and images."""
+"""What Python users call: the methods as functions of a model and images.
+
+The functions of the methods follow from ``methods.table``; ``__init__.pyi`` has their signatures
+for editors and type checkers.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 from PIL import Image
 
-from vitviz.errors import OptionError
-from vitviz.evaluation.measuring import examine
+from vitviz.errors import ImageError, OptionError, VitvizError
+from vitviz.evaluation.measuring import measure
+from vitviz.evaluation.options import EvaluationOptions
 from vitviz.evaluation.summary import Evaluation, summarize
 from vitviz.evaluation.tasks import AnnotatedImage, annotated_images
+from vitviz.explaining import samples as explaining
 from vitviz.explaining.explanation import Explanation
+from vitviz.explaining.samples import Explained, Failed, images_at_once, input_transform
+from vitviz.images.decoding import read_file
+from vitviz.images.samples import ImageSample, load_sample, sample_of
 from vitviz.images.sources import Source
+from vitviz.methods.method import ClassMethod, Method
+from vitviz.methods.table import METHODS
+from vitviz.models import model as models
 from vitviz.models.model import Model
-from vitviz.options import (
-    AttentionRule,
-    Convention,
-    EvaluationOptions,
-    Fit,
-    HeadFusion,
-    Method,
-    MethodOptions,
-    PictureOptions,
-)
-from vitviz.runs.pipeline import explain, require_inputs
+from vitviz.options import Convention, Fit, PictureOptions
+from vitviz.runs.pipeline import count_caveats
+from vitviz.streaming import map_ahead, worker_threads
 
 __all__ = [
-    "Classes",
-    "Images",
     "attention",
     "evaluate",
     "evidence",
+    "explain_samples",
     "grad_rollout",
+    "load_model",
+    "load_samples",
     "relevance",
     "rollout",
 ]
 
-
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]]
 Classes = int | str | Iterable[int | str]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
+_PARAMETERS = {"class": "classes", "bootstrap": "resamples"}
+"""Parameters of Python that the command line calls otherwise."""
 
-def rollout(
-    model: Model,
-    images: Images,
-    *,
-    discard: float = 0.9,
-    head_fusion: HeadFusion | str = HeadFusion.MAX,
-    start_layer: int = 0,
-    refine: int = 1,
-    fit: Fit | str = Fit.SQUASH,
-    batch_size: int | None = None,
-    pictures: PictureOptions | None = None,
-) -> list[Explanation]:
-    """Compute attention rollout, which knows no class (Abnar & Zuidema 2020, arXiv 2005.00928).
-
-    Args:
+_SHARED = """\
         model: From ``load_model``; it is left as it was.
         images: Paths, Pillow images or arrays (height, width, 3) of uint8.
-        discard: Share of the lowest fused attention set to 0, per image and block, in [0, 1).
-        head_fusion: How heads become one map: ``mean``, ``max`` or ``min``.
-        start_layer: Blocks before this one are left out.
-        refine: How many times finer than patches maps are, from refine² shifts of each image.
+{options}
         fit: ``squash``, ``crop`` or ``native``.
         batch_size: Images run at once; None: chosen by the number of tokens.
         pictures: How the maps draw themselves; None: as by default.
 
     Returns:
-        One explanation an image.
+        One explanation for each image{and_class}.
 
     Raises:
         VitvizError: An option or an image is not usable.
-    """
-    options = MethodOptions(
-        method=Method.ROLLOUT,
-        discard=discard,
-        start_layer=start_layer,
-        refine=refine,
-        head_fusion=HeadFusion(head_fusion),
+"""
+
+
+@contextmanager
+def _python_words() -> Iterator[None]:
+    """Let errors speak of Python's parameters (``start_layer``), not of ``--start-layer``."""
+    try:
+        yield
+    except VitvizError as error:
+        error.args = tuple(_in_python(each) for each in error.args)
+        raise
+
+
+def _in_python(message: object) -> object:
+    """Write the options in a message as the parameters that they are in Python."""
+
+    def parameter(match: re.Match[str]) -> str:
+        name = match[1].replace("-", "_")
+        return _PARAMETERS.get(name, name)
+
+    if not isinstance(message, str):
+        return message
+    message = re.sub(r"--(classic)\b", r"\1=True", message)
+    return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", parameter, message).replace(
+        " with -m", " as model"
     )
-    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
 
 
-def grad_rollout(
+def _for_python(function: _Function) -> _Function:
+    """Let a function's errors speak of Python's parameters."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with _python_words():
+            return function(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+load_model = _for_python(models.load_model)
+explain_samples = _for_python(explaining.explain_samples)
+
+
+@_for_python
+def load_samples(
     model: Model,
     images: Images,
     *,
-    classes: Classes = ("top1",),
-    discard: float = 0.9,
-    start_layer: int = 0,
-    refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
-    batch_size: int | None = None,
-    pictures: PictureOptions | None = None,
-) -> list[Explanation]:
-    """Compute rollout of attention weighted with the gradient of a class's logit.
-
-    The method is J. Gildenblat's ("Exploring Explainability for Vision Transformers", 2020), with
-    gradients with respect to the probabilities of the same block.
+    max_size: int = 1024,
+) -> Iterator[ImageSample | Failed]:
+    """Read and fit images for ``explain_samples``, a few ahead of the one that is asked for.
 
     Args:
-        model: From ``load_model``; it is left as it was.
-        images: As for ``rollout``.
-        classes: An index, a label (``"tabby"``), ``"top1"`` or ``"topK"``, or several of these.
-        discard: As for ``rollout``.
-        start_layer: As for ``rollout``.
-        refine: As for ``rollout``.
-        fit: As for ``rollout``.
-        batch_size: As for ``rollout``.
-        pictures: As for ``rollout``.
+        model: From ``load_model``.
+        images: Paths, Pillow images or arrays (height, width, 3) of uint8.
+        fit: ``squash``, ``crop`` or ``native``.
+        max_size: Longest side of the pictures, in pixels.
 
-    Returns:
-        One explanation for each image and class, image by image.
+    Yields:
+        A sample for each image; a failure for one that cannot be read.
 
     Raises:
-        VitvizError: An option or an image is not usable.
+        VitvizError: An option is not usable, or an image in memory is no image.
     """
-    options = MethodOptions(
-        method=Method.GRAD_ROLLOUT,
-        discard=discard,
-        start_layer=start_layer,
-        refine=refine,
-        classes=_words(classes),
-    )
-    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+    _require_inputs(model, images)
+    transform = input_transform(model, Fit(fit))
+
+    def load(numbered: tuple[int, Any]) -> ImageSample | Failed:
+        number, image = numbered
+        if not isinstance(image, (str, os.PathLike)):
+            return sample_of(image, f"image {number}", transform, max_size)
+        source = Source(path=Path(image), key=Path(image).name)
+        try:
+            return load_sample(read_file(source), transform, max_size)
+        except (ImageError, MemoryError) as error:
+            return Failed.because(source, error)
+
+    def loaded() -> Iterator[ImageSample | Failed]:
+        with worker_threads(None) as pool:
+            yield from map_ahead(pool, load, enumerate(images), 2 * images_at_once(model))
+
+    return loaded()
 
 
-def relevance(
+def explain(
     model: Model,
     images: Images,
+    method: Method,
     *,
-    classes: Classes = ("top1",),
-    classic: bool = False,
-    start_layer: int | None = None,
-    refine: int = 1,
-    fit: Fit | str = Fit.SQUASH,
-    batch_size: int | None = None,
     pictures: PictureOptions | None = None,
+    fit: Fit = Fit.SQUASH,
+    batch_size: int | None = None,
 ) -> list[Explanation]:
-    """Compute gradient relevance with a linearised backward pass and weighed values.
-
-    Each block adds mean over heads of relu(A ⊙ ∂y/∂A), its columns multiplied by what the value
-    of a token can move: see ``propagation.gradient_relevance`` and ``linearization``.
+    """Explain images and return their maps, image by image, class by class.
 
     Args:
-        model: From ``load_model``; it is left as it was.
-        images: As for ``rollout``.
-        classes: As for ``grad_rollout``.
-        classic: Exactly Chefer, Gur & Wolf 2021 (arXiv 2103.15679) instead: true gradients, all
-            blocks, no weighing, read out as the model's head does.
-        start_layer: Blocks before this one are left out; None: if not classic, the average of what
-            each block gives as the first, as shares of its sum.
-        refine: As for ``rollout``.
-        fit: As for ``rollout``.
-        batch_size: As for ``rollout``.
-        pictures: As for ``rollout``.
-
-    Returns:
-        One explanation for each image and class, image by image.
+        model: The model; it is left as it was.
+        images: Paths, Pillow images or arrays (height, width, 3) of uint8.
+        method: The method, with its options.
+        pictures: How the maps draw themselves; None: as by default.
+        fit: How images are brought to the model's size.
+        batch_size: Images run at once; None: chosen by the number of tokens.
 
     Raises:
-        VitvizError: An option or an image is not usable.
+        ImageError: An image cannot be read or explained.
+        VitvizError: The options do not fit the model.
     """
-    options = MethodOptions(
-        method=Method.RELEVANCE,
-        classes=_words(classes),
-        classic=classic,
-        start_layer=start_layer,
-        refine=refine,
+    _require_inputs(model, images)
+    if batch_size is not None and batch_size < 1:
+        raise OptionError(f"--batch-size is {batch_size}; give a number from 1 up, or None")
+    pictures = pictures or PictureOptions()
+    if fit is not Fit.NATIVE:
+        method.require_grid(model.layout.grid)
+    samples = load_samples(model, images, fit=fit, max_size=pictures.max_size)
+    explained = explaining.explain_samples(
+        model, samples, method, pictures=pictures, batch_size=batch_size, warn=_warn
     )
-    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+    explanations: list[Explanation] = []
+    for item in count_caveats(explained, _warn):
+        if not isinstance(item, Explained):
+            raise ImageError(f"{item.source.path} {item.error}")
+        explanations += item.maps
+    return explanations
 
 
-def evidence(
-    model: Model,
-    images: Images,
-    *,
-    classes: Classes = ("top1",),
-    rule: AttentionRule | str = AttentionRule.VALUE,
-    refine: int = 1,
-    fit: Fit | str = Fit.SQUASH,
-    batch_size: int | None = None,
-    pictures: PictureOptions | None = None,
-) -> list[Explanation]:
-    """Compute signed evidence for a class: x ⊙ ∂y/∂x at all blocks, with a linearised backward.
+def _warn(text: str) -> None:
+    """Warn at the line of the caller, outside this package."""
+    home = str(Path(__file__).parent)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(home):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
-    Args:
-        model: From ``load_model``; it is left as it was.
-        images: As for ``rollout``.
-        classes: As for ``grad_rollout``.
-        rule: How evidence passes attention: ``value`` or ``shared``; see ``linearization``.
-        refine: As for ``rollout``.
-        fit: As for ``rollout``.
-        batch_size: As for ``rollout``.
-        pictures: As for ``rollout``.
 
-    Returns:
-        One explanation for each image and class, image by image; relevance above 0 speaks for the
-        class, below 0 against it.
+def _function(method: type[Method], name: str) -> Callable[..., list[Explanation]]:
+    """Make a method's function: its options and what all methods share as parameters."""
 
-    Raises:
-        VitvizError: An option or an image is not usable.
-    """
-    options = MethodOptions(
-        method=Method.EVIDENCE,
-        classes=_words(classes),
-        rule=AttentionRule(rule),
-        refine=refine,
+    def explain_images(
+        model: Model,
+        images: Images,
+        *,
+        fit: Fit | str = Fit.SQUASH,
+        batch_size: int | None = None,
+        pictures: PictureOptions | None = None,
+        **options: Any,
+    ) -> list[Explanation]:
+        made = method(**{each: _value(hints[each], value) for each, value in options.items()})
+        return explain(model, images, made, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+
+    hints = get_type_hints(method)
+    declared = _ordered(method)
+    shared = list(inspect.signature(explain_images).parameters.values())
+    own = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default)
+        for each in declared
+    ]
+    wrapper = _checked(_for_python(explain_images), {each.name for each in declared})
+    wrapper.__name__ = wrapper.__qualname__ = name
+    wrapper.__doc__ = _docstring(method)
+    wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [*shared[:2], *own, *shared[2:-1]], return_annotation="list[Explanation]"
     )
-    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+    return wrapper
 
 
-def attention(
-    model: Model,
-    images: Images,
-    *,
-    query: tuple[int, int] | None = None,
-    refine: int = 1,
-    fit: Fit | str = Fit.SQUASH,
-    batch_size: int | None = None,
-    pictures: PictureOptions | None = None,
-) -> list[Explanation]:
-    """Return raw attention, blocks and heads apart; it draws itself as a contact sheet.
+def _checked(function: _Function, names: set[str]) -> _Function:
+    """Refuse parameters that a function does not have, as Python does."""
 
-    Args:
-        model: From ``load_model``; it is left as it was.
-        images: As for ``rollout``.
-        query: (row, col) of the patch whose attention is wanted; None: the tokens that the
-            model's head reads.
-        refine: As for ``rollout``.
-        fit: As for ``rollout``.
-        batch_size: As for ``rollout``.
-        pictures: As for ``rollout``.
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        known = names | {"model", "images", "fit", "batch_size", "pictures"}
+        if unknown := [each for each in kwargs if each not in known]:
+            raise TypeError(
+                f"{wrapper.__name__}() got an unexpected keyword argument {unknown[0]!r}"
+            )
+        return function(*args, **kwargs)
 
-    Returns:
-        One explanation an image, its relevance (blocks, heads, rows, cols).
-
-    Raises:
-        VitvizError: An option or an image is not usable.
-    """
-    options = MethodOptions(method=Method.ATTENTION, query=query, refine=refine)
-    return explain(model, images, options, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+    return wrapper  # type: ignore[return-value]
 
 
+def _ordered(method: type[Method]) -> list[Any]:
+    """Return a method's fields in the order of its function: classes, its own, refine."""
+    found = {each.name: each for each in fields(method)}
+    first, last = [found.pop("classes", None)], [found.pop("refine")]
+    return [each for each in (*first, *found.values(), *last) if each is not None]
+
+
+def _value(hint: Any, value: Any) -> Any:
+    """Bring what a Python user gives to the type of an option."""
+    if hint == tuple[str, ...]:
+        wanted = (value,) if isinstance(value, (int, str)) else value
+        return tuple(map(str, wanted))
+    return hint(value) if isinstance(hint, type) and issubclass(hint, str) else value
+
+
+def _docstring(method: type[Method]) -> str:
+    summary, _, _ = inspect.cleandoc(method.__doc__ or "").partition("\n\nAttributes:")
+    options = "\n".join(
+        f"        {each.name}: {each.metadata['option'].doc}" for each in _ordered(method)
+    )
+    and_class = " and class, image by image" if issubclass(method, ClassMethod) else ""
+    shared = _SHARED.format(options=options, and_class=and_class)
+    return f"{summary}\n\n    Args:\n{shared}"
+
+
+rollout = _function(METHODS["rollout"], "rollout")
+grad_rollout = _function(METHODS["grad-rollout"], "grad_rollout")
+relevance = _function(METHODS["relevance"], "relevance")
+evidence = _function(METHODS["evidence"], "evidence")
+attention = _function(METHODS["attention"], "attention")
+
+
+@_for_python
 def evaluate(
     model: Model,
     images: Images,
@@ -267,8 +304,8 @@ def evaluate(
     Args:
         model: From ``load_model``; it is left as it was.
         images: As for ``rollout``.
-        methods: Names of ``options.VARIANTS``, ``@2`` after one for maps twice as fine; none: all
-            that suit the model.
+        methods: Names of methods (``relevance``, ``evidence-shared`` …), ``@2`` after one for maps
+            twice as fine; none: all that suit the model.
         masks: A folder with PNGs of the images' names, or one mask an image: an array (height,
             width) of integers, 0 for the background, a path, or None.
         target: The class that maps explain: an index, a label, ``"top1"``, ``"truth"``, or
@@ -295,9 +332,9 @@ def evaluate(
         seed=seed,
         resamples=resamples,
     )
-    require_inputs(model, images)
+    _require_inputs(model, images)
     subjects = _subjects(images, masks, truth)
-    return summarize(model, options, list(examine(model, subjects, options)))
+    return summarize(model, options, list(measure(model, subjects, options, warn=_warn)))
 
 
 def _subjects(
@@ -339,7 +376,15 @@ def _source(number: int, image: Any) -> Source:
     return Source(path=path, key=whole.relative_to(whole.anchor).as_posix())
 
 
-def _words(classes: Classes) -> tuple[str, ...]:
-    """Return class requests as they would be typed."""
-    wanted = (classes,) if isinstance(classes, (int, str)) else classes
-    return tuple(map(str, wanted))
+def _require_inputs(model: object, images: object) -> None:
+    """Make sure that this is a model, and that these are images, and not one.
+
+    Raises:
+        OptionError: It is not, or it is one.
+    """
+    if not isinstance(model, Model):
+        raise OptionError(
+            f"expected a model from vitviz.load_model, and got {type(model).__name__}"
+        )
+    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) in (2, 3):
+        raise OptionError("expected a list of images, and got one; write [image]")

@@ -17,7 +17,9 @@ from tests.bench.rounds import MEGABYTE, alternate, peak
 from tests.bench.subject import backward, build, forward, images_for
 from vitviz.explaining.batch import explain_batch
 from vitviz.explaining.parallel import map_parts
-from vitviz.options import Method, MethodOptions, OutputKind
+from vitviz.methods.method import Method
+from vitviz.methods.rollout import GradRollout, Rollout
+from vitviz.options import OutputKind
 
 __all__ = ["BATCH", "long_sequence", "overhead", "throughput"]
 
@@ -28,7 +30,7 @@ _Pass = Callable[[nn.Module, Tensor], None]
 
 def overhead(
     setting: Setting,
-    options: MethodOptions,
+    options: Method,
     *,
     plain: _Pass = forward,
     goal: Goal | None = None,
@@ -101,7 +103,7 @@ def throughput(
 
 def long_sequence(
     setting: Setting,
-    options: MethodOptions,
+    options: Method,
     *,
     slower: float,
     megabytes: float,
@@ -141,12 +143,12 @@ def long_sequence(
     )
 
 
-def _described(options: MethodOptions) -> str:
-    if options.method is Method.ROLLOUT:
-        return f"{options.method} {options.head_fusion} {options.discard:g}"
-    if options.method is Method.GRAD_ROLLOUT:
-        return f"{options.method} {options.discard:g}"
-    return str(options.method)
+def _described(options: Method) -> str:
+    if isinstance(options, Rollout):
+        return f"{options.name} {options.head_fusion} {options.discard:g}"
+    if isinstance(options, GradRollout):
+        return f"{options.name} {options.discard:g}"
+    return options.name
 
 
 def _named(plain: _Pass) -> str:

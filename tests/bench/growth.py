@@ -15,7 +15,7 @@ from tests.bench.photographs import many_photographs
 from tests.bench.rounds import alternate
 from tests.bench.subject import build, forward, images_for
 from vitviz.explaining.batch import explain_batch
-from vitviz.options import MethodOptions
+from vitviz.methods.rollout import Rollout
 
 __all__ = ["draw", "measure"]
 
@@ -72,7 +72,7 @@ def _maps(setting: Setting, batch: int, side: int) -> dict[str, Any]:
     times = alternate(
         setting.rounds(5),
         forward=lambda: forward(module, pixels),
-        rollout=lambda: explain_batch(model, pixels, MethodOptions()),
+        rollout=lambda: explain_batch(model, pixels, Rollout()),
     )
     return {
         "tokens": model.layout.tokens,

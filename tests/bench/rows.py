@@ -20,18 +20,21 @@ from tests.bench.photographs import large_photographs, many_photographs, photogr
 from tests.bench.rounds import MEGABYTE, alternate, command, peak, peak_so_far, reset_peak
 from tests.bench.subject import NAME, backward, build, forward, images_for, weights
 from vitviz.explaining.batch import explain_batch
-from vitviz.options import HeadFusion, Method, MethodOptions, OutputKind
+from vitviz.methods.evidence import Evidence
+from vitviz.methods.relevance import Relevance
+from vitviz.methods.rollout import GradRollout, Rollout
+from vitviz.options import HeadFusion, OutputKind
 
 __all__ = ["ROWS"]
 
 ROWS: dict[str, Row] = {}
 """All rows by name, in the order in which they run."""
 
-_MAX = MethodOptions(head_fusion=HeadFusion.MAX, discard=0.9)
-_MEAN = MethodOptions(head_fusion=HeadFusion.MEAN, discard=0.0)
-_GRADIENT = MethodOptions(method=Method.GRAD_ROLLOUT, discard=0.9)
-_RELEVANCE = MethodOptions(method=Method.RELEVANCE)
-_EVIDENCE = MethodOptions(method=Method.EVIDENCE)
+_MAX = Rollout(head_fusion=HeadFusion.MAX, discard=0.9)
+_MEAN = Rollout(head_fusion=HeadFusion.MEAN, discard=0.0)
+_GRADIENT = GradRollout(discard=0.9)
+_RELEVANCE = Relevance()
+_EVIDENCE = Evidence()
 _HEAVY = ("torch", "timm", "cv2", "numpy")  # what `vitviz --help` must do without
 _PLAIN_COMMAND = f"""
 import sys
@@ -223,7 +226,7 @@ def large_model(setting: Setting) -> Report:
 
     def explain() -> None:
         model = vitviz.load_model(build(name, img_size=side))
-        explain_batch(model, images_for(1, img_size=side), MethodOptions())
+        explain_batch(model, images_for(1, img_size=side), Rollout())
 
     highest = peak(explain)
     return Report(

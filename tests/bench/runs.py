@@ -12,8 +12,9 @@ from tests.bench.subject import weights
 from vitviz.explaining.parallel import batch_size_for
 from vitviz.images.sources import Source, find_sources
 from vitviz.models.model import Model
-from vitviz.options import Job, OutputKind, PictureOptions
+from vitviz.options import OutputKind, PictureOptions
 from vitviz.runs import pipeline
+from vitviz.runs.job import Job
 from vitviz.runs.records import Result
 
 __all__ = [

@@ -226,7 +226,7 @@ def _record(result: Result, run: dict[str, Any]) -> dict[str, Any]:
     return {
         "source": os.fspath(result.source.path),
         "status": result.status,
-        "outputs": [{**asdict(output), "path": str(output.path)} for output in result.outputs],
+        "outputs": [output.to_record() for output in result.outputs],
         "predictions": [asdict(prediction) for prediction in result.predictions],
         **run,
         "error": result.error,

@@ -20,19 +20,20 @@ from torch import Tensor
 
 from vitviz.errors import LabelError, OptionError, VitvizError, reason
 from vitviz.evaluation.baselines import BASELINES
+from vitviz.evaluation.options import EvaluationOptions
 from vitviz.evaluation.perturbation import PERTURBATIONS, Curves, Untouched, measure_curves
 from vitviz.evaluation.scores import ClassScores, ModelOutput, failed, locate
 from vitviz.evaluation.tasks import AnnotatedImage, Failure, Task, TaskLoader, seen
-from vitviz.explaining.batch import class_requests, explain_batch, predict_batch
-from vitviz.explaining.parallel import batch_size_for
+from vitviz.explaining.batch import predict_batch
+from vitviz.explaining.samples import Explained, Explainer, Failed, images_at_once, to_tensor
 from vitviz.images.samples import ImageSample
 from vitviz.images.sources import Source
+from vitviz.methods.method import Method
+from vitviz.methods.table import named_method, variants
 from vitviz.models.model import Model
-from vitviz.options import VARIANTS, EvaluationOptions, variant
-from vitviz.runs.pipeline import to_tensor
 from vitviz.streaming import AdaptiveBatches, in_batches, map_ahead, worker_threads
 
-__all__ = ["ImageScores", "method_names", "examine"]
+__all__ = ["ImageScores", "measure", "method_names"]
 
 Grid = tuple[int, int]
 _Made = TypeVar("_Made")
@@ -64,13 +65,20 @@ def method_names(model: Model, options: EvaluationOptions) -> tuple[str, ...]:
             f"{model.name} has no classification head, so there is no score to measure maps by; "
             "give a fine-tuned checkpoint with --weights"
         )
-    for name in options.methods:
-        class_requests(model, variant(name))
-    names = options.methods or tuple(name for name in VARIANTS if _suits(model, name))
-    return tuple(dict.fromkeys([*BASELINES, *names]))
+    return tuple(dict.fromkeys([*BASELINES, *_methods(model, options)]))
 
 
-def examine(
+def _methods(model: Model, options: EvaluationOptions) -> dict[str, Method]:
+    """Return the methods to measure by name: those asked for, or all that suit the model."""
+    if options.methods:
+        chosen = {name: named_method(name).method for name in options.methods}
+        for method in chosen.values():
+            Explainer(model, method)  # raises where a method is not for this model
+        return chosen
+    return {name: method for name, method in variants().items() if _suits(model, method)}
+
+
+def measure(
     model: Model,
     subjects: Sequence[AnnotatedImage],
     options: EvaluationOptions,
@@ -91,16 +99,14 @@ def examine(
         VitvizError: The options do not fit the model; an image that fails is a measurement.
     """
     _expect_classes(model, subjects)
-    measuring, loader = (
-        _Measuring(model, options, warn, advance),
-        TaskLoader(model, subjects, options),
-    )
+    measuring = _Measuring(model, options, warn, advance)
+    loader = TaskLoader(model, subjects, options)
     score = partial(locate, model, PERTURBATIONS[options.convention])
     depth = 2 * measuring.batch_size
     with worker_threads(options.workers) as pool:
         tasks = chain.from_iterable(map_ahead(pool, loader.prepare, enumerate(subjects), depth))
         cases: list[ClassScores | str] = []
-        for item, case in map_ahead(pool, score, measuring.examine(tasks), depth, drain=True):
+        for item, case in map_ahead(pool, score, measuring.measure(tasks), depth, drain=True):
             cases.append(case)
             if item.is_last:
                 yield _measurement(subjects[item.number].source, cases)
@@ -117,10 +123,10 @@ def _expect_classes(model: Model, subjects: Iterable[AnnotatedImage]) -> None:
             )
 
 
-def _suits(model: Model, name: str) -> bool:
+def _suits(model: Model, method: Method) -> bool:
     """Tell whether a method is defined for a model."""
     try:
-        class_requests(model, variant(name))
+        Explainer(model, method)
     except VitvizError:
         return False
     return True
@@ -136,27 +142,29 @@ class _Measuring:
         warn: Callable[[str], None],
         advance: Callable[[float], None],
     ) -> None:
-        size = options.batch_size or batch_size_for(model.layout.tokens, model.device)
+        size = options.batch_size or images_at_once(model)
         self._model = model
         self._advance = advance
         self._seed = options.seed
         self._names = method_names(model, options)
         self._perturbation = PERTURBATIONS[options.convention]
-        finest = max(variant(name).refine for name in self._names if name not in BASELINES)
+        methods = _methods(model, options)
+        self._explainers = {name: Explainer(model, each) for name, each in methods.items()}
+        finest = max(method.refine for method in methods.values())
         copies = max(2 * len(self._perturbation.shares), finest**2)
-        self._portions = AdaptiveBatches(size, warn, copies=copies)
+        self._batches = AdaptiveBatches(size, warn, copies=copies)
 
     @property
     def batch_size(self) -> int:
         """Images at once."""
-        return self._portions.size
+        return self._batches.size
 
-    def examine(self, tasks: Iterable[Task | Failure]) -> Iterator[ModelOutput | Failure]:
-        """Examine tasks in batches; pass failures through; keep the order."""
-        work = partial(self._portions.work, function=self._examine_at_once, fail=_too_large)
+    def measure(self, tasks: Iterable[Task | Failure]) -> Iterator[ModelOutput | Failure]:
+        """Measure tasks in batches; pass failures through; keep the order."""
+        work = partial(self._batches.work, function=self._measure_at_once, fail=_too_large)
         return in_batches(tasks, _shape, self.batch_size, work)
 
-    def _examine_at_once(self, tasks: list[Task]) -> list[ModelOutput | Failure]:
+    def _measure_at_once(self, tasks: list[Task]) -> list[ModelOutput | Failure]:
         batch = self._untouched(tasks)
         maps, costs = self._explain(batch, tasks)
         curves = {}
@@ -194,21 +202,15 @@ class _Measuring:
         self, batch: Untouched, tasks: list[Task]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the maps (batch, rows, cols) of each method, and their costs."""
-        images, classes = batch.images, batch.classes.unsqueeze(1)
+        samples, classes = [task.sample for task in tasks], batch.classes.tolist()
 
         def explain(name: str) -> Tensor:
             if name in BASELINES:
                 return self._baseline(name, tasks)
-            found = explain_batch(
-                self._model,
-                images,
-                variant(name),
-                class_indices=classes,
-                at_once=self.batch_size,
-            )
-            return found.relevance[:, 0]
+            found = self._explainers[name].explain(samples, classes, at_once=self.batch_size)
+            return _stacked(found)
 
-        _, plain = _timed(lambda: predict_batch(self._model, images))
+        _, plain = _timed(lambda: predict_batch(self._model, batch.images))
         timed = {}
         for name in self._names:
             timed[name] = _timed(partial(explain, name))
@@ -249,6 +251,16 @@ class _Measuring:
             curves={name: each[row] for name, each in curves.items()},
             costs=costs,
         )
+
+
+def _stacked(found: Sequence[Explained | Failed]) -> Tensor:
+    """Stack the maps (batch, rows, cols) of a batch; of an image that failed, NaN."""
+    maps = [
+        torch.from_numpy(each.maps[0].relevance) for each in found if isinstance(each, Explained)
+    ]
+    nothing = torch.full_like(maps[0], torch.nan) if maps else torch.full((1, 1), torch.nan)
+    rest = iter(maps)
+    return torch.stack([next(rest) if isinstance(each, Explained) else nothing for each in found])
 
 
 def _measurement(source: Source, cases: list[ClassScores | str]) -> ImageScores:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from vitviz.evaluation.baselines import BASELINES, CENTRE_SIGMA
 from vitviz.evaluation.measuring import ImageScores, method_names
 from vitviz.evaluation.metrics import Bootstrap, Interval, bootstrap
+from vitviz.evaluation.options import EvaluationOptions
 from vitviz.evaluation.perturbation import PERTURBATIONS
 from vitviz.evaluation.scores import ClassScores
+from vitviz.methods.table import named_method
 from vitviz.models.model import Model
-from vitviz.options import Convention, EvaluationOptions, variant
-from vitviz.runs.records import versions
+from vitviz.models.record import versions
+from vitviz.options import Convention
 
 __all__ = ["CSV_HEADER", "Evaluation", "METRICS", "Metric", "MethodSummary", "Summary", "summarize"]
 
@@ -145,7 +147,7 @@ class MethodSummary:
         }
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Evaluation:
     """Methods side by side.
 
@@ -206,6 +208,10 @@ class Evaluation:
         }
         return dict(_plain(document))
 
+    def __repr__(self) -> str:
+        """Say what was compared, in one short line."""
+        return f"<Evaluation of {len(self.methods)} methods on {self.images} images>"
+
     def to_csv(self) -> str:
         """Return a table of the numbers of each map, a line each."""
         buffer = io.StringIO()
@@ -230,6 +236,7 @@ def summarize(
     names = method_names(model, options)
     numbered = [(number, case) for number, each in enumerate(measurements) for case in each.cases]
     images, cases = [number for number, _ in numbered], [case for _, case in numbered]
+    _require_known({score for case in cases for each in case.scores.values() for score in each})
     values = np.full((len(cases), len(names), len(METRICS)), np.nan)
     for row, case in enumerate(cases):
         for column, name in enumerate(names):
@@ -245,6 +252,12 @@ def summarize(
         measurements=tuple(measurements),
         settings=_settings(model, options),
     )
+
+
+def _require_known(scores: Set[str]) -> None:
+    """Make sure that no score is left out of the tables: each must be one of ``METRICS``."""
+    if unknown := scores - {metric.name for metric in METRICS}:
+        raise LookupError(f"scores without a metric: {', '.join(sorted(unknown))}")
 
 
 def _summaries(
@@ -288,8 +301,8 @@ def _method_summary(
 def _method_options(name: str) -> dict[str, Any]:
     if name in BASELINES:
         return {}
-    options = variant(name)
-    return {"method": options.method.value, **options.to_record()}
+    method = named_method(name).method
+    return {"method": method.name, **method.to_record()}
 
 
 def _mean(curves: Sequence[NDArray[np.float32]]) -> NDArray[np.floating]:

@@ -13,14 +13,14 @@ from PIL import Image
 
 from vitviz.errors import ImageError, OptionError, reason
 from vitviz.evaluation.annotations import find_mask, fit_mask, load_mask, true_class
+from vitviz.evaluation.options import EvaluationOptions
 from vitviz.evaluation.perturbation import seen_size
+from vitviz.explaining.samples import input_transform
 from vitviz.images.decoding import read_file
 from vitviz.images.samples import ImageSample, load_sample, sample_of
 from vitviz.images.sources import Source
 from vitviz.models.labels import parse_requests
 from vitviz.models.model import Model
-from vitviz.options import EvaluationOptions
-from vitviz.runs.pipeline import input_transform
 
 __all__ = ["TaskLoader", "Failure", "AnnotatedImage", "Task", "seen", "annotated_images"]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,8 @@ from PIL import Image
 
 from vitviz.errors import printable
 from vitviz.images.samples import ImageSample
-from vitviz.options import Method, OutputKind, PictureOptions
+from vitviz.methods.method import Method
+from vitviz.options import OutputKind, PictureOptions
 from vitviz.pictures.colors import color_heat, in_grey
 from vitviz.pictures.heat import FLAT, place_heat
 from vitviz.pictures.sheets import contact_sheet, overlay, panel, shrink_to_cell
@@ -43,12 +46,12 @@ class Prediction:
 class Caveat(Enum):
     """Why a picture may mislead: what it is about, and why that is."""
 
-    FLAT = ("no heat at all", "all patches count alike, attention is the same everywhere")
-    FLAT_FOR_CLASS = ("no heat at all", "all patches count alike, for nothing speaks for the class")
-    EVEN = ("nearly the same heat everywhere", "colours make more of it than there is")
-    PREFIX = ("most attention on prefix tokens", "what is there, no map shows")
-    OUTLIERS = ("patch tokens of outlying norm", "heat on these says nothing of their place")
-    POWERLESS = ("next to no gradient", "little that is drawn moves the class")
+    FLAT = ("no heat at all", "attention is the same everywhere")
+    FLAT_FOR_CLASS = ("no heat at all", "no token supports this class")
+    EVEN = ("nearly the same heat everywhere", "the colours exaggerate small differences")
+    PREFIX = ("most attention on prefix tokens", "no map shows what they attend to or hold")
+    OUTLIERS = ("patch tokens of outlying norm", "heat there does not indicate image location")
+    POWERLESS = ("next to no gradient", "what is drawn hardly affects the class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +62,39 @@ class Diagnostics:
         prefix_attention: Share of the attention that goes to prefix tokens, which no map shows.
         outlier_tokens: Patch tokens of more than five times the median norm behind the blocks.
         contrast: Range of the map as a share of its largest magnitude.
-        leverage: ‖x‖·‖∂y/∂x‖ at the last block, in units of the logit y; None without a class.
+        gradient_norm_product: ‖x‖·‖∂y/∂x‖ at the last block, in units of the logit y, which is the
+            most that the map's tokens could move it; None without a class.
     """
 
     prefix_attention: float
     outlier_tokens: int
     contrast: float
-    leverage: float | None
+    gradient_norm_product: float | None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Diagnostics:
+        """Read what ``to_record`` wrote; a ``TypeError`` tells of other keys."""
+        numbers = dict(record)
+        return cls(gradient_norm_product=numbers.pop("leverage"), **numbers)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return it as records and files have it."""
+        numbers = asdict(self)
+        # The key is what records have said from the first version on.
+        numbers["leverage"] = numbers.pop("gradient_norm_product")
+        return numbers
 
     def caveats(self) -> list[Caveat]:
         """Say why the picture may mislead; nothing where it need not."""
-        about_class, is_flat = self.leverage is not None, self.contrast <= FLAT
+        about_class, is_flat = self.gradient_norm_product is not None, self.contrast <= FLAT
         found = [
             (is_flat, Caveat.FLAT_FOR_CLASS if about_class else Caveat.FLAT),
             (not is_flat and self.contrast < _EVEN, Caveat.EVEN),
             (self.prefix_attention > _CROWDED, Caveat.PREFIX),
             (self.outlier_tokens > 0, Caveat.OUTLIERS),
         ]
-        if not is_flat and self.leverage is not None:
-            found.append((self.leverage < _POWERLESS, Caveat.POWERLESS))
+        if not is_flat and self.gradient_norm_product is not None:
+            found.append((self.gradient_norm_product < _POWERLESS, Caveat.POWERLESS))
         return [caveat for is_so, caveat in found if is_so]
 
 
@@ -87,8 +104,8 @@ class Explanation:
 
     Attributes:
         method: How it was computed.
-        relevance: (rows, cols) float32, before any normalisation; of raw attention
-            (blocks, heads, rows, cols).
+        relevance: float32, before any normalisation, along the method's ``axes``: (rows, cols),
+            or (blocks, heads, rows, cols) of raw attention.
         sample: The image.
         request: Name of the class request (``c281``, ``top1``); None when class-agnostic.
         class_index: The class that it explains; None when class-agnostic.
@@ -96,13 +113,13 @@ class Explanation:
         class_score: That class's score.
         predictions: The image's five best classes; empty for a model without a head.
         pictures: How to draw it.
-        sanity: Numbers that tell when it may mislead.
+        diagnostics: Numbers that tell when it may mislead.
     """
 
     method: Method
     relevance: NDArray[np.float32]
     sample: ImageSample
-    sanity: Diagnostics | None = None
+    diagnostics: Diagnostics | None = None
     request: str | None = None
     class_index: int | None = None
     class_label: str | None = None
@@ -124,7 +141,7 @@ class Explanation:
 
     def draw(self, kind: OutputKind) -> NDArray[np.uint8]:
         """Draw a picture of any kind: (height, width, 3) RGB."""
-        if self.method is not Method.ATTENTION:
+        if len(self.method.axes) == 2:
             return self._draw_map(self.relevance, self.sample.picture, kind)
         if kind is OutputKind.PANEL:
             return panel(
@@ -140,7 +157,7 @@ class Explanation:
         self, relevance: NDArray[np.float32], picture: NDArray[np.uint8], kind: OutputKind
     ) -> NDArray[np.uint8]:
         """Draw one map (rows, cols)."""
-        signed, table = self.method.is_signed, self.pictures.table(self.method)
+        signed, table = self.method.is_signed, self.pictures.table(self.method.colormap)
         heat = place_heat(relevance, self.sample.region, picture.shape[:2], signed=signed)
         if kind is OutputKind.HEATMAP:
             return color_heat(heat, table)
@@ -154,9 +171,9 @@ class Explanation:
     def caption(self) -> str:
         """What the map shows, in one line."""
         if self.class_index is None:
-            return str(self.method)
+            return self.method.name
         name = printable(self.class_label or f"class {self.class_index}")
-        return f"{self.method}: {name} ({self.class_score:.0%})"
+        return f"{self.method.name}: {name} ({self.class_score:.0%})"
 
     def __repr__(self) -> str:
         """Say what it is of, without its pixels."""

@@ -25,7 +25,7 @@ Pixels = NDArray[np.uint8]
 _SPARE = 4  # times the side that the model sees: decoded to less, its pixels would change visibly
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ImageSample:
     """A decoded image: what the model sees, and what people see.
 
@@ -44,6 +44,11 @@ class ImageSample:
     region: Region
     picture: Pixels
     size: tuple[int, int]
+
+    def __repr__(self) -> str:
+        """Say which image it is, without its pixels."""
+        seen = "×".join(map(str, self.pixels.shape[:2]))
+        return f"<ImageSample {self.source.path}, {self.size[0]}×{self.size[1]}, seen at {seen}>"
 
 
 def load_sample(file: ImageFile, frame: InputTransform, max_size: int) -> ImageSample:

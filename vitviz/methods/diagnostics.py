@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitviz.models.attention import Attention, at_least_float32
 
-__all__ = ["leverage", "outlier_tokens", "prefix_attention"]
+__all__ = ["gradient_norm_product", "outlier_tokens", "output_norm_product", "prefix_attention"]
 
 
 _QUERIES = 16  # rows that stand for all, where a head reads many tokens
@@ -58,7 +58,7 @@ def outlier_tokens(tokens: Tensor, prefix_tokens: int) -> Tensor:
     return torch.count_nonzero(norms > _OUTLIER * median, dim=1)
 
 
-def leverage(values: Tensor, gradient: Tensor) -> Tensor:
+def gradient_norm_product(values: Tensor, gradient: Tensor) -> Tensor:
     """Compute ‖x‖·‖∂y/∂x‖, above which no change of y by wiping out x is to be expected.
 
     Args:
@@ -73,3 +73,9 @@ def leverage(values: Tensor, gradient: Tensor) -> Tensor:
         for each in (values.detach(), gradient)
     )
     return torch.stack(list(sizes)).prod(dim=0)
+
+
+def output_norm_product(record: Attention, gradient: Tensor) -> Tensor:
+    """Compute ‖O‖·‖∂y/∂O‖ (batch) of an attention's output O."""
+    assert record.output is not None
+    return gradient_norm_product(record.output, gradient)

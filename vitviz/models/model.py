@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vitviz.models.labels import Labels, read_labels
 from vitviz.models.names import resolve_name
 from vitviz.models.preprocessing import Preprocessing, preprocessing_of
 from vitviz.models.proofs import check_mixing, check_readout
+from vitviz.models.record import ModelRecord, versions
 from vitviz.models.tokens import TokenLayout, read_layout
 from vitviz.options import Fit, Precision
 
@@ -33,7 +34,7 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Model:
     """A model with its weights, on its device, and all that is known about it.
 
@@ -73,6 +74,25 @@ class Model:
     def digest(self) -> str:
         """SHA-256 of the weights, as they are computed with."""
         return digest_weights(self.module)
+
+    @cached_property
+    def record(self) -> ModelRecord:
+        """What records and files say of it."""
+        return ModelRecord(
+            name=self.name,
+            weights=self.weights,
+            weights_sha256=self.digest,
+            score_kind=self.score_kind,
+            dtype=str(self.dtype).removeprefix("torch."),
+            preprocessing=asdict(self.preprocessing),
+            labels_source=self.labels.source,
+            labels_digest=self.labels.digest,
+            versions=versions(),
+        )
+
+    def __repr__(self) -> str:
+        """Say which model it is, in one short line."""
+        return f"<Model {self.name} ({self.weights}) on {self.device}, {self.num_classes} classes>"
 
     @property
     def score_kind(self) -> str:

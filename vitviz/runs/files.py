@@ -30,7 +30,7 @@ from PIL import Image
 from vitviz.errors import OutputError
 from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
 from vitviz.images.sources import Source
-from vitviz.options import Method, OutputKind
+from vitviz.options import OutputKind
 
 __all__ = [
     "Provenance",
@@ -73,7 +73,7 @@ class Provenance:
         class_index: Which class the map explains.
         class_label: That class's name.
         predictions: The image's best classes.
-        sanity: Numbers that tell when the map may mislead.
+        diagnostics: Numbers that tell when the map may mislead.
         versions: Of vitviz, timm and torch.
     """
 
@@ -83,7 +83,7 @@ class Provenance:
     class_index: int | None = None
     class_label: str | None = None
     predictions: tuple[Prediction, ...] = ()
-    sanity: Diagnostics | None = None
+    diagnostics: Diagnostics | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def same_source(self, other: Provenance) -> bool:
@@ -93,10 +93,10 @@ class Provenance:
 
 
 def output_path(
-    folder: Path, source: Source, method: Method, request: str | None, kind: OutputKind
+    folder: Path, source: Source, method: str, request: str | None, kind: OutputKind
 ) -> Path:
     """Return where a map goes: ``OUT/KEY.METHOD[.CLASS][.KIND].png`` or ``….npy``."""
-    parts = [source.key, method.value]
+    parts = [source.key, method]
     parts += [request] if request else []
     parts += [kind.value] if kind in (OutputKind.HEATMAP, OutputKind.PANEL) else []
     path = folder / ".".join([*parts, "npy" if kind is OutputKind.NPY else "png"])
@@ -153,8 +153,8 @@ def read_provenance(path: Path) -> Provenance | None:
         fields = json.loads(text)
         predictions = tuple(Prediction(**entry) for entry in fields.pop("predictions"))
         numbers = fields.pop("sanity", None)
-        sanity = None if numbers is None else Diagnostics(**numbers)
-        provenance = Provenance(**fields, predictions=predictions, sanity=sanity)
+        diagnostics = None if numbers is None else Diagnostics.from_record(numbers)
+        provenance = Provenance(**fields, predictions=predictions, diagnostics=diagnostics)
     except Exception:  # a file of somebody else's may be anything
         return None
     return provenance if isinstance(provenance.recipe, dict) else None
@@ -334,7 +334,13 @@ def short(name: str) -> str:
 
 
 def _text(provenance: Provenance) -> str:
-    return json.dumps(asdict(provenance), ensure_ascii=True)
+    record = asdict(provenance)
+    record.pop("diagnostics")
+    found = provenance.diagnostics
+    # The order of keys is that of the first version, so that equal recipes give equal bytes.
+    versions = record.pop("versions")
+    record |= {"sanity": None if found is None else found.to_record(), "versions": versions}
+    return json.dumps(record, ensure_ascii=True)
 
 
 def _png(pixels: NDArray[np.uint8], text: str) -> bytes:

@@ -9,22 +9,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-
-import vitviz
 from vitviz.errors import OutputError, SourceError, VitvizError, reason
-from vitviz.explaining.batch import class_requests
 from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
 from vitviz.images.decoding import ImageFile
 from vitviz.images.samples import ImageSample
 from vitviz.images.sources import Source
-from vitviz.models.model import Model
-from vitviz.options import Job, OutputKind
+from vitviz.methods.method import ClassMethod
+from vitviz.models.record import ModelRecord
+from vitviz.options import OutputKind
 from vitviz.runs.files import (
     Provenance,
     encode,
@@ -34,8 +30,9 @@ from vitviz.runs.files import (
     read_provenance,
     write_whole,
 )
+from vitviz.runs.job import Job
 
-__all__ = ["Ledger", "Output", "Result", "failure", "run_record", "versions"]
+__all__ = ["Output", "Result", "Writer", "failure", "run_record"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,18 @@ class Output:
     path: Path
     class_index: int | None
     class_label: str | None
-    sanity: Diagnostics | None = None
+    diagnostics: Diagnostics | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """Return it as records have it."""
+        numbers = None if self.diagnostics is None else self.diagnostics.to_record()
+        return {
+            "kind": self.kind,
+            "path": str(self.path),
+            "class_index": self.class_index,
+            "class_label": self.class_label,
+            "sanity": numbers,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +79,18 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ledger:
-    """Knows for each image which files belong to it and what their recipe is.
+class Writer:
+    """Writes the maps of each image: a sink of explanations, which can be pickled.
+
+    Knows which files belong to an image and what their recipe is.
 
     Attributes:
-        model: The model.
+        model: What there is to know of the model.
         job: What to do with each image.
         requests: Names of the class requests; a single None for a class-agnostic method.
     """
 
-    model: Model
+    model: ModelRecord
     job: Job
     requests: tuple[str | None, ...]
 
@@ -99,7 +109,7 @@ class Ledger:
         """Yield the path, class request and kind of each file of an image."""
         for request in self.requests:
             for kind in self.job.pictures.kinds:
-                path = output_path(self.job.output, source, self.job.method.method, request, kind)
+                path = output_path(self.job.output, source, self.job.method.name, request, kind)
                 yield path, request, kind
 
     def write(self, sample: ImageSample, maps: Sequence[Explanation]) -> Result:
@@ -151,8 +161,8 @@ class Ledger:
             class_index=explanation.class_index,
             class_label=explanation.class_label,
             predictions=explanation.predictions,
-            sanity=explanation.sanity,
-            versions=versions(),
+            diagnostics=explanation.diagnostics,
+            versions=self.model.versions,
         )
 
     def _recipe(self, digest: str, request: str | None, kind: OutputKind) -> dict[str, Any]:
@@ -160,49 +170,41 @@ class Ledger:
         recipe = {
             "source_sha256": digest,
             "model": self.model.name,
-            "weights_sha256": self.model.digest,
-            "method": method.method.value,
-            "options": {**method.to_record(), **self.job.pictures.to_record(kind, method.method)},
+            "weights_sha256": self.model.weights_sha256,
+            "method": method.name,
+            "options": {**method.to_record(), **self.job.pictures.to_record(kind, method.colormap)},
             "fit": self.job.fit.value,
-            "preprocessing": asdict(self.model.preprocessing),
+            "preprocessing": self.model.preprocessing,
             "class": request,
-            "labels": self.model.labels.digest,
+            "labels": self.model.labels_digest,
             "kind": kind.value,
-            "vitviz": vitviz.__version__,
-            "timm": timm.__version__,
+            "vitviz": self.model.versions["vitviz"],
+            "timm": self.model.versions["timm"],
         }
         return dict(json.loads(json.dumps(recipe)))  # as it reads back from a file
 
 
-def run_record(model: Model, job: Job) -> dict[str, Any]:
+def run_record(model: ModelRecord, job: Job) -> dict[str, Any]:
     """Return what all records of a run have in common."""
+    method = job.method
     return {
         "score_kind": model.score_kind,
         "run": {
-            "versions": versions(),
+            "versions": model.versions,
             "model": model.name,
-            "weights": {"source": model.weights, "sha256": model.digest},
-            "method": job.method.method.value,
+            "weights": {"source": model.weights, "sha256": model.weights_sha256},
+            "method": method.name,
             "options": {
-                **job.method.to_record(),
-                **job.pictures.to_record(OutputKind.OVERLAY, job.method.method),
+                **method.to_record(),
+                **job.pictures.to_record(OutputKind.OVERLAY, method.colormap),
                 "fit": job.fit.value,
-                "size": list(model.preprocessing.size),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "labels": model.labels.source,
-                "class": list(job.method.classes) if class_requests(model, job.method) else [],
+                "size": list(model.preprocessing["size"]),
+                "dtype": model.dtype,
+                "labels": model.labels_source,
+                "class": list(method.classes) if isinstance(method, ClassMethod) else [],
                 "save": [kind.value for kind in job.pictures.kinds],
             },
         },
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {
-        "vitviz": vitviz.__version__,
-        "timm": timm.__version__,
-        "torch": torch.__version__,
     }
 
 
@@ -226,5 +228,5 @@ def _output(path: Path, kind: OutputKind, provenance: Provenance) -> Output:
         path=path,
         class_index=provenance.class_index,
         class_label=provenance.class_label,
-        sanity=provenance.sanity,
+        diagnostics=provenance.diagnostics,
     )

@@ -1,0 +1,329 @@
+"""The options of commands as dataclasses: each field is one option, in a named group."""
+
+from __future__ import annotations
+
+import inspect as introspection
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from vitviz.methods.method import Method
+from vitviz.methods.table import variants
+from vitviz.options import Colormap, Convention, Fit, OutputKind, Precision
+
+__all__ = [
+    "MODEL_HELP",
+    "EvaluationRun",
+    "ImgSizeOption",
+    "RunOptions",
+    "SharedOptions",
+    "method_from",
+    "method_parameters",
+    "with_options",
+]
+
+MODEL_HELP = (
+    "A timm name, an alias, demo, hf-hub:owner/name, a folder with a config.json, or your own "
+    "package.module:factory."
+)
+EXPLAIN, MODEL, PICTURES = "What to explain", "The model", "Pictures and output"
+OUTPUT_FILES, RUNNING, SCRIPTING = "Output files", "Running", "Scripting"
+
+_Command = Callable[..., None]
+
+
+def _option(panel: str, *names: str, **settings: Any) -> Any:
+    """Declare an option in a named group of the help."""
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+ImgSizeOption = Annotated[
+    str | None,
+    _option(
+        MODEL,
+        metavar="N|HxW",
+        help="Build the model for this image size, instead of its own.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions:
+    """The options of all commands that work on images; each field is one option."""
+
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Images, folders (recursive), quoted globs, or - for paths on stdin.",
+            show_default=False,
+        ),
+    ]
+    model: Annotated[
+        str,
+        _option(MODEL, "-m", "--model", metavar="MODEL", help=MODEL_HELP),
+    ] = "deit_tiny"
+    weights: Annotated[
+        Path | None,
+        _option(
+            MODEL,
+            metavar="FILE",
+            help="Your own checkpoint (.safetensors, .pth, .pt).",
+            show_default=False,
+        ),
+    ] = None
+    labels: Annotated[
+        Path | None,
+        _option(
+            MODEL,
+            metavar="FILE",
+            help="Class names: one a line, a JSON list, or {index: name}.",
+            show_default=False,
+        ),
+    ] = None
+    img_size: ImgSizeOption = None
+    fit: Annotated[
+        Fit,
+        _option(
+            MODEL,
+            metavar="squash|crop|native",
+            help="Squash the image, crop its centre, or keep its aspect ratio.",
+        ),
+    ] = Fit.SQUASH
+    device: Annotated[
+        str, _option(RUNNING, metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")
+    ] = "auto"
+    precision: Annotated[
+        Precision,
+        _option(
+            RUNNING,
+            metavar="fp32|bf16|fp16",
+            help="Compute precision; bf16 and fp16 are meant for GPUs.",
+        ),
+    ] = Precision.FP32
+    batch_size: Annotated[
+        str, _option(RUNNING, metavar="auto|N", help="Images run through the model at once.")
+    ] = "auto"
+    workers: Annotated[
+        str, _option(RUNNING, metavar="auto|N", help="Threads that read and write images.")
+    ] = "auto"
+    as_json: Annotated[
+        bool, _option(SCRIPTING, "--json", help="One JSON record an image on stdout.")
+    ] = False
+    nul: Annotated[
+        bool,
+        _option(SCRIPTING, "-0", "--null", help="NUL instead of newlines on stdin and stdout."),
+    ] = False
+    quiet: Annotated[
+        bool, _option(SCRIPTING, "-q", "--quiet", help="Say nothing but results and failures.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(SharedOptions):
+    """The options of all commands that write maps."""
+
+    output: Annotated[
+        Path, _option(PICTURES, "-o", "--output", metavar="DIR", help="Folder to write to.")
+    ] = Path("vitviz-out")
+    save: Annotated[
+        list[OutputKind],
+        _option(
+            PICTURES,
+            metavar="KIND",
+            help="overlay, heatmap, panel (image, overlay and heatmap side by side) or npy (the "
+            "numbers); repeatable.",
+        ),
+    ] = (OutputKind.OVERLAY,)  # type: ignore[assignment]  # a default must not be mutable
+    colormap: Annotated[
+        Colormap | None,
+        _option(
+            PICTURES,
+            metavar="NAME",
+            help=f"Colours of the heat: {', '.join(Colormap)}; evidence has redblue by default, "
+            "all others turbo.",
+            show_default=False,
+        ),
+    ] = None
+    alpha: Annotated[
+        float, _option(PICTURES, metavar="A", help="Weight of the heat in overlays, 0 to 1.")
+    ] = 0.5
+    max_size: Annotated[
+        int, _option(PICTURES, metavar="N", help="Longest side of the pictures, in pixels.")
+    ] = 1024
+    skip_existing: Annotated[
+        bool,
+        _option(
+            RUNNING,
+            "--skip-existing",
+            help="Leave out images whose maps are there, made from the same bytes with the same "
+            "model, weights and options.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRun(SharedOptions):
+    """The options of ``evaluate``."""
+
+    as_json: Annotated[
+        bool, _option(SCRIPTING, "--json", help="One JSON document on stdout instead of tables.")
+    ] = False
+    nul: Annotated[
+        bool, _option(SCRIPTING, "-0", "--null", help="NUL instead of newlines on stdin.")
+    ] = False
+    methods: Annotated[
+        list[str],
+        _option(
+            EXPLAIN,
+            metavar="NAME",
+            help=f"{', '.join(variants())}, with @2 after one for maps twice as fine; repeatable. "
+            "All that suit the model by default; the baselines random and centre always.",
+            show_default=False,
+        ),
+    ] = ()  # type: ignore[assignment]  # a default must not be mutable
+    targets: Annotated[
+        list[str],
+        _option(
+            EXPLAIN,
+            "--class",
+            metavar="C",
+            help="Which class maps explain: top1, an index, a label, truth, or mask for each that "
+            "an image's mask names (its values are class indices + 1).",
+        ),
+    ] = ("top1",)  # type: ignore[assignment]  # a default must not be mutable
+    masks: Annotated[
+        Path | None,
+        _option(
+            EXPLAIN,
+            metavar="DIR",
+            help="Folder of PNG masks named like the images, 0 for background: adds localisation.",
+            show_default=False,
+        ),
+    ] = None
+    truth: Annotated[
+        Path | None,
+        _option(
+            EXPLAIN,
+            metavar="FILE",
+            help="True classes: a line for each image, its name and its class.",
+            show_default=False,
+        ),
+    ] = None
+    convention: Annotated[
+        Convention,
+        _option(
+            EXPLAIN,
+            metavar="vitviz|chefer2021",
+            help="What is taken away, and how it is summed up.",
+        ),
+    ] = Convention.VITVIZ
+    csv: Annotated[
+        Path | None,
+        _option(OUTPUT_FILES, metavar="FILE", help="Write each map's numbers.", show_default=False),
+    ] = None
+    plot: Annotated[
+        Path | None,
+        _option(OUTPUT_FILES, metavar="FILE", help="Write the curves as PNG.", show_default=False),
+    ] = None
+    seed: Annotated[
+        int,
+        _option(RUNNING, metavar="N", help="Random seed of the random baseline and the bootstrap."),
+    ] = 0
+    resamples: Annotated[
+        int,
+        _option(
+            RUNNING, "--bootstrap", metavar="N", help="Bootstrap resamples behind the intervals."
+        ),
+    ] = 2000
+
+
+def with_options(
+    kind: type[SharedOptions], own: list[introspection.Parameter] | None = None
+) -> Callable[[_Command], _Command]:
+    """Give a command every option of a dataclass, as its first argument, ``run``.
+
+    Args:
+        kind: The dataclass.
+        own: Options of the command itself, which it gets as keywords.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    shared = [
+        introspection.Parameter(
+            field.name,
+            introspection.Parameter.KEYWORD_ONLY,
+            annotation=hints[field.name],
+            default=introspection.Parameter.empty if field.default is MISSING else field.default,
+        )
+        for field in fields(kind)
+    ]
+    names = [parameter.name for parameter in shared]
+
+    def decorate(command: _Command) -> _Command:
+        @wraps(command)
+        def wrapper(**values: Any) -> None:
+            run = kind(**{name: values.pop(name) for name in names})
+            command(run=run, **values)
+
+        parameters = [shared[0], *(own or ()), *shared[1:]]
+        wrapper.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
+        return wrapper
+
+    return decorate
+
+
+def method_parameters(method: type[Method]) -> list[introspection.Parameter]:
+    """Return the options of a method as parameters of its command, most used first."""
+    found = {each.name: each for each in fields(method)}
+    names = sorted(found, key=lambda name: (name != "classes", name == "refine"))
+    hints = get_type_hints(method)
+    return [_parameter(found[name], hints[name]) for name in names]
+
+
+def method_from(method: type[Method], values: dict[str, Any]) -> Method:
+    """Make a method of what was typed."""
+    declared = {each.name: each.metadata["option"] for each in fields(method)}
+    read: dict[str, Any] = {}
+    for name, value in values.items():
+        parse = declared[name].parse
+        value = parse(value) if parse and value is not None else value
+        read[name] = tuple(value) if isinstance(value, list) else value
+    return method(**read)
+
+
+def _parameter(declared: Field[Any], hint: Any) -> introspection.Parameter:
+    option = declared.metadata["option"]
+    default, typed = declared.default, hint
+    if option.parse:
+        typed = str | None
+    elif tuple in (hint, getattr(hint, "__origin__", None)):
+        typed = list[get_args(hint)[0]]  # type: ignore[misc]  # repeatable
+    choices = [str(each) for each in hint] if _is_enum(hint) else []
+    flag = option.flag or f"--{declared.name.replace('_', '-')}"
+    shown: bool | str = option.shown_default or default is not None
+    return introspection.Parameter(
+        declared.name,
+        introspection.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[
+            typed,
+            _option(
+                EXPLAIN,
+                flag,  # named, so that a switch gets no --no-… beside it
+                metavar=option.metavar or "|".join(choices) or None,
+                help=option.help,
+                show_default=shown,
+            ),
+        ],
+        default=default,
+    )
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)

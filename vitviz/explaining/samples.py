@@ -1,0 +1,310 @@
+"""Samples → explanations or failures: in order, in bounded memory, and without files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vitviz.errors import ImageError, ModelError, OptionError, VitvizError, reason
+from vitviz.explaining.batch import BatchMaps, class_requests, explain_batch
+from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
+from vitviz.explaining.parallel import batch_size_for
+from vitviz.images.fitting import InputTransform
+from vitviz.images.samples import ImageSample
+from vitviz.images.sources import Source
+from vitviz.methods.method import Method
+from vitviz.models.labels import ClassRequest
+from vitviz.models.model import Model
+from vitviz.options import Fit, PictureOptions
+from vitviz.pictures.heat import contrast
+from vitviz.streaming import AdaptiveBatches, in_batches
+
+__all__ = [
+    "Explained",
+    "Explainer",
+    "Failed",
+    "explain_samples",
+    "images_at_once",
+    "input_transform",
+    "to_tensor",
+]
+
+_Passed = TypeVar("_Passed")
+
+_TOP = 5  # predictions that are kept of each image
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Explained:
+    """An image with all its maps.
+
+    Attributes:
+        sample: The image.
+        maps: One for each class asked for; one for a method that explains no class.
+    """
+
+    sample: ImageSample
+    maps: tuple[Explanation, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """An image that cannot be explained.
+
+    Attributes:
+        source: The image.
+        error: Why, in one line.
+    """
+
+    source: Source
+    error: str
+
+    @classmethod
+    def because(cls, source: Source, error: VitvizError | MemoryError) -> Failed:
+        """Put into words why an image failed."""
+        return cls(source=source, error=reason(error))
+
+
+def explain_samples(
+    model: Model,
+    samples: Iterable[ImageSample | _Passed],
+    method: Method,
+    *,
+    class_indices: Iterable[int] | None = None,
+    pictures: PictureOptions | None = None,
+    batch_size: int | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Iterator[Explained | Failed | _Passed]:
+    """Explain samples as they come.
+
+    Samples of one shape share batches; no more than a few batches are held at once. Where memory
+    is short, batches become smaller.
+
+    Args:
+        model: The model; it is left as it was.
+        samples: From ``images.samples``; anything else among them (an image that failed to load,
+            say) is passed on in its place.
+        method: The method, with its options.
+        class_indices: The class to explain of each sample, in place of those that the method
+            names; of no account to a method that explains no class.
+        pictures: How the maps draw themselves; None: as by default.
+        batch_size: Images run at once; None: chosen by the number of tokens.
+        warn: Is told what the user should know while the work goes on.
+
+    Yields:
+        What became of each sample, in their order.
+
+    Raises:
+        VitvizError: The method does not fit the model.
+    """
+    explainer = Explainer(model, method, pictures)  # checks all before a sample is asked for
+    size = batch_size or images_at_once(model)
+    batches = AdaptiveBatches(size, warn, copies=method.refine**2)
+
+    def explain(tasks: list[_Task]) -> list[Explained | Failed]:
+        given = [each.class_index for each in tasks if each.class_index is not None]
+        samples = [each.sample for each in tasks]
+        return explainer.explain(samples, given or None, at_once=batches.size)
+
+    def fail(task: _Task, error: MemoryError) -> Explained | Failed:
+        return Failed.because(task.sample.source, error)
+
+    tasks: Iterable[_Task | _Passed] = (
+        _Task(item, class_index) if isinstance(item, ImageSample) else item
+        for item, class_index in _beside(samples, class_indices)
+    )
+    return in_batches(tasks, _shape, size, partial(batches.work, function=explain, fail=fail))
+
+
+def images_at_once(model: Model) -> int:
+    """Return how many images are run at once where nobody says it."""
+    return batch_size_for(model.layout.tokens, model.device)
+
+
+def input_transform(model: Model, fit: Fit) -> InputTransform:
+    """Return how images are brought to what a model takes.
+
+    Raises:
+        ModelError: ``native`` is asked of a model that was built for one size.
+    """
+    expected = model.preprocessing
+    if fit is Fit.NATIVE and not expected.dynamic:
+        raise ModelError(
+            f"{model.name} was built for images of {expected.size[0]}×{expected.size[1]} alone; "
+            "load it with fit='native' to keep their aspect ratio, or use squash or crop"
+        )
+    return InputTransform(
+        fit=fit,
+        size=expected.size,
+        patch=expected.patch,
+        resample=Image.Resampling[expected.interpolation.upper()],
+        crop_pct=expected.crop_pct,
+    )
+
+
+def to_tensor(model: Model, samples: Iterable[ImageSample]) -> Tensor:
+    """Stack and normalise pixels: (batch, 3, height, width) on the model's device."""
+    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    images = pixels.to(model.device).permute(0, 3, 1, 2).float().div_(255)
+    mean, std = (
+        torch.tensor(values, device=images.device).view(1, 3, 1, 1)
+        for values in (model.preprocessing.mean, model.preprocessing.std)
+    )
+    return images.sub_(mean).div_(std).to(model.dtype)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A sample, and the class to explain of it where the method does not say."""
+
+    sample: ImageSample
+    class_index: int | None
+
+
+def _beside(
+    samples: Iterable[_Passed], class_indices: Iterable[int] | None
+) -> Iterator[tuple[_Passed, int | None]]:
+    if class_indices is None:
+        return ((sample, None) for sample in samples)
+    return zip(samples, class_indices, strict=True)
+
+
+def _shape(item: object) -> tuple[int, ...] | None:
+    """Return what samples of one batch have in common; None for what is not to be run."""
+    return item.sample.pixels.shape if isinstance(item, _Task) else None
+
+
+class Explainer:
+    """Explains batches of samples with one method, whose classes are resolved once."""
+
+    def __init__(
+        self, model: Model, method: Method, pictures: PictureOptions | None = None
+    ) -> None:
+        """Check that the method fits the model, and resolve the classes that it asks for.
+
+        Args:
+            model: The model; it is left as it was.
+            method: The method, with its options.
+            pictures: How the maps draw themselves; None: as by default.
+
+        Raises:
+            VitvizError: The method does not fit the model.
+        """
+        self._model = model
+        self._method = method
+        self._requests = class_requests(model, method)
+        self._pictures = pictures or PictureOptions()
+
+    def explain(
+        self,
+        samples: Sequence[ImageSample],
+        class_indices: Sequence[int] | None = None,
+        *,
+        at_once: int,
+    ) -> list[Explained | Failed]:
+        """Explain samples of one shape in one batch.
+
+        Args:
+            samples: The samples.
+            class_indices: As for ``explain_samples``.
+            at_once: How many images may be run together, where refinement makes more of them.
+
+        Raises:
+            MemoryError: The device has too little memory for this batch.
+        """
+        try:
+            maps = explain_batch(
+                self._model,
+                to_tensor(self._model, samples),
+                self._method,
+                requests=self._requests,
+                class_indices=None
+                if class_indices is None or not self._method.explains_class
+                else torch.tensor(class_indices).unsqueeze(1),
+                at_once=at_once,
+            )
+        except OptionError as error:  # other shapes may have the patch that is asked for
+            return [Failed.because(sample.source, error) for sample in samples]
+        given = [None] * len(samples) if class_indices is None else class_indices
+        return [
+            self._picked(sample, class_index, maps, row)
+            for row, (sample, class_index) in enumerate(zip(samples, given, strict=True))
+        ]
+
+    def _picked(
+        self, sample: ImageSample, given: int | None, batch: BatchMaps, row: int
+    ) -> Explained | Failed:
+        """Pick one image's maps out of a batch."""
+        logits = batch.logits[row : row + 1].flatten()
+        if not (batch.relevance[row].isfinite().all() and logits.isfinite().all()):
+            return Failed.because(sample.source, _not_finite(self._model, logits))
+        scores = logits.sigmoid() if self._model.multi_label else logits.softmax(dim=0)
+        predictions = tuple(
+            Prediction(
+                class_index=index,
+                class_label=self._model.labels[index],
+                score=float(scores[index]),
+            )
+            for index in logits.argsort(descending=True, stable=True)[:_TOP].tolist()
+        )
+        maps = (
+            Explanation(
+                method=self._method,
+                relevance=values.numpy(),
+                sample=sample,
+                predictions=predictions,
+                pictures=self._pictures,
+                diagnostics=_diagnostics(batch, row, position, values.numpy()),
+                **_of_class(self._model, given, batch, row, position, scores),
+            )
+            for position, values in enumerate(batch.relevance[row])
+        )
+        return Explained(sample=sample, maps=tuple(maps))
+
+
+def _not_finite(model: Model, logits: Tensor) -> ImageError:
+    cause = (
+        "the pooling attention sums to 0: no token supports this class"
+        if model.layout.tail and logits.isfinite().all()
+        else "attention or gradients overflow, or a token is masked from all others"
+    )
+    if model.dtype is torch.float16:
+        cause += "; fp16 ends at 65504, --precision bf16 or fp32 do not"
+    return ImageError(f"gives numbers that are not finite: {cause}")
+
+
+def _diagnostics(
+    batch: BatchMaps, row: int, position: int, relevance: NDArray[np.float32]
+) -> Diagnostics:
+    products = batch.gradient_norm_product
+    return Diagnostics(
+        prefix_attention=float(batch.prefix_attention[row]),
+        outlier_tokens=int(batch.outlier_tokens[row]),
+        contrast=contrast(relevance),
+        gradient_norm_product=None if products is None else float(products[row, position]),
+    )
+
+
+def _of_class(
+    model: Model, given: int | None, batch: BatchMaps, row: int, position: int, scores: Tensor
+) -> dict[str, Any]:
+    """Say what class a map is about; nothing where it is about none."""
+    if batch.class_indices is None:
+        return {}
+    class_index = int(batch.class_indices[row, position])
+    asked = batch.requests[position] if given is None else ClassRequest(class_index=given)
+    return {
+        "request": asked.key,
+        "class_index": class_index,
+        "class_label": model.labels[class_index],
+        "class_score": float(scores[class_index]),
+    }

@@ -1,0 +1,75 @@
+"""Signed evidence: what each token contributes to a class, for or against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from vitviz.errors import OptionError
+from vitviz.methods.method import ClassMethod, Method, TokenMap, option
+from vitviz.options import AttentionRule, Colormap
+
+if TYPE_CHECKING:  # these rooms load torch
+    from vitviz.methods.forward import ForwardPass, Target
+    from vitviz.models.model import Model
+
+__all__ = ["Evidence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence(ClassMethod):
+    """Signed evidence for a class: x ⊙ ∂y/∂x at all blocks, with a linearised backward pass.
+
+    The mean over block inputs x of Σ over channels of x ⊙ ∂y/∂x, sign kept: above 0 speaks for
+    the class, below 0 against it. See ``linear_backward`` for the rules and their sources.
+
+    Attributes:
+        rule: How evidence passes attention on its way back.
+    """
+
+    name: ClassVar[str] = "evidence"
+    help: ClassVar[str] = (
+        "Draw signed evidence: what speaks for a class (red), and what against it (blue)."
+    )
+    is_signed: ClassVar[bool] = True
+    colormap: ClassVar[Colormap] = Colormap.REDBLUE
+    needs_block_inputs: ClassVar[bool] = True
+
+    rule: AttentionRule = option(
+        AttentionRule.VALUE,
+        "Pass evidence through attention by the values alone, or share it with queries and keys.",
+        doc="How evidence passes attention: ``value`` or ``shared``; see ``linear_backward``.",
+    )
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Method]:
+        """Return what ``evaluate`` compares of this method, by name."""
+        return {cls.name: cls(), f"{cls.name}-shared": cls(rule=AttentionRule.SHARED)}
+
+    @property
+    def backward_rule(self) -> AttentionRule | None:
+        """How the linearised backward pass treats attention."""
+        return self.rule
+
+    def require_model(self, model: Model) -> None:
+        """Refuse ``shared`` where the values are not seen; raises ``OptionError``."""
+        from vitviz.models.capture import own_attention
+
+        if self.rule is AttentionRule.SHARED and own_attention(model.module.modules()):
+            raise OptionError(
+                f"--rule is shared, but {model.name} mixes its heads after the softmax (talking "
+                "heads), which hides how much the values contribute; use --rule value"
+            )
+
+    def compute(self, forward: ForwardPass, target: Target | None) -> TokenMap:
+        """Average evidence (batch, tokens) over the inputs of all blocks."""
+        from vitviz.methods.contributions import signed_evidence
+        from vitviz.methods.diagnostics import gradient_norm_product
+
+        assert target is not None
+        inputs = forward.tokens[:-1]
+        gradients = target.gradients(inputs)
+        return TokenMap(
+            signed_evidence(inputs, gradients), gradient_norm_product(inputs[-1], gradients[-1])
+        )

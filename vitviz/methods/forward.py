@@ -1,0 +1,92 @@
+"""What a forward pass left for a method, and the class that it is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitviz.methods.fusion import Fusion
+from vitviz.methods.row_form import attention_rollout, pooled_readout
+from vitviz.models.attention import Attention
+from vitviz.models.capture import output_gradients
+from vitviz.models.tokens import TokenLayout
+
+__all__ = ["ForwardPass", "Target"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForwardPass:
+    """What a capture saw of a forward pass of a batch.
+
+    Attributes:
+        layout: The model's tokens.
+        records: Attention of the blocks that take part and, behind it, of the calls that pool
+            the tokens after them.
+        tokens: (batch, tokens, channels) before and after the last block; for a method that
+            needs block inputs, before and after each.
+        grid: (rows, cols) of the patch tokens.
+        dtype: Of the numbers that maps are computed with.
+        device: Where the model is.
+    """
+
+    layout: TokenLayout
+    records: Sequence[Attention]
+    tokens: Sequence[Tensor]
+    grid: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def blocks(self) -> Sequence[Attention]:
+        """Attention of the blocks that take part, in execution order."""
+        return self.records[: len(self.records) - self.layout.tail]
+
+    def readout(self, fusions: Sequence[Fusion]) -> Tensor:
+        """Compute w (batch, tokens), the weights with which the model's head pools tokens.
+
+        Args:
+            fusions: The fused attention of all ``records``; that behind the blocks is the
+                readout of a head that pools by attention.
+        """
+        batch, _, _, tokens = self.blocks[-1].shape
+        if self.layout.tail:
+            return pooled_readout(fusions[len(self.blocks) :], tokens)
+        weights = self.layout.readout_weights(tokens)
+        return weights.to(self.device, self.dtype).expand(batch, tokens)
+
+    def rolled_out(self, fusions: Sequence[Fusion], discard: float) -> Tensor:
+        """Compute wᵀR (batch, tokens) of the fused attention of all ``records``."""
+        of_blocks, readout = fusions[: len(self.blocks)], self.readout(fusions)
+        return attention_rollout(self.blocks, of_blocks, readout, discard=discard)
+
+    def row_of(self, patch: tuple[int, int]) -> Tensor:
+        """Return the w (batch, tokens) that reads one patch (row, col) alone."""
+        batch, _, _, tokens = self.blocks[-1].shape
+        token = self.layout.prefix_tokens + patch[0] * self.grid[1] + patch[1]
+        row = torch.eye(tokens, device=self.device, dtype=self.dtype)[token]
+        return row.expand(batch, tokens)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Target:
+    """A class to explain.
+
+    Attributes:
+        score: y, its logit summed over the batch; images do not mix, so that the gradients of
+            the sum give each image its own.
+        is_last: Whether no other class is asked of this forward pass, whose graph is freed then.
+    """
+
+    score: Tensor
+    is_last: bool
+
+    def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Compute ∂y/∂x for each of some tensors x of the forward pass."""
+        return list(torch.autograd.grad(self.score, list(tensors), retain_graph=not self.is_last))
+
+    def output_gradients(self, records: Sequence[Attention]) -> list[Tensor]:
+        """Compute ∂y/∂O for the output O of each attention."""
+        return output_gradients(list(records), self.score, last=self.is_last)

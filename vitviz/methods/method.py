@@ -1,0 +1,227 @@
+"""What every method is: its options, what it needs of a forward pass, and what it makes of one.
+
+Options are read for ``--help`` and by editors, so no room of a method loads torch when it is
+imported; the mathematics is imported where it runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from vitviz.errors import OptionError
+from vitviz.options import AttentionRule, Colormap
+
+if TYPE_CHECKING:  # these rooms load torch
+    from torch import Tensor
+
+    from vitviz.methods.forward import ForwardPass, Target
+    from vitviz.models.model import Model
+
+__all__ = [
+    "ClassMethod",
+    "Method",
+    "Option",
+    "TokenMap",
+    "option",
+    "require_share",
+    "require_start",
+]
+
+
+class TokenMap(NamedTuple):
+    """What a method makes of a batch.
+
+    Attributes:
+        relevance: (batch, tokens), prefix tokens included; of a method with more ``axes`` than
+            rows and columns, (batch, …, tokens).
+        gradient_norm_product: (batch), ‖x‖·‖∂y/∂x‖ at the last block; None without a class.
+    """
+
+    relevance: Tensor
+    gradient_norm_product: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """How an option of a method is typed and explained on the command line.
+
+    Attributes:
+        help: One sentence.
+        metavar: What to call its value; None: its choices, or nothing for a switch.
+        flag: Its name there, if not the field's.
+        shown_default: What to show as its default, if not its value.
+        parse: Reads what was typed, where its type does not say how.
+        doc: What the Python documentation says of it.
+    """
+
+    help: str
+    doc: str
+    metavar: str | None = None
+    flag: str | None = None
+    shown_default: str | None = None
+    parse: Callable[[str], Any] | None = None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    doc: str = "",
+    metavar: str | None = None,
+    flag: str | None = None,
+    shown_default: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """Declare an option of a method: a dataclass field that the command line can show."""
+    declared = Option(
+        help=help,
+        doc=doc or help,
+        metavar=metavar,
+        flag=flag,
+        shown_default=shown_default,
+        parse=parse,
+    )
+    return field(default=default, metadata={"option": declared})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A method with its options; a subclass is all that there is to know of one.
+
+    To add a method, write a subclass in a room of its own and name it in ``methods.table``.
+
+    Attributes:
+        name: As typed, recorded, and used in the names of files.
+        help: What its command does, for users.
+        explains_class: Whether its maps are about a class.
+        is_signed: Whether relevance above 0 speaks for the class, and below 0 against it.
+        colormap: Colours of its pictures by default.
+        axes: What its maps are laid out along.
+        needs_attention_gradients: Whether attention outputs must be differentiable, from
+            ``first_block`` on.
+        needs_block_inputs: Whether the tokens that enter each block must be kept, and
+            differentiable.
+        refine: How many times finer than patches maps are, along each side.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    explains_class: ClassVar[bool] = False
+    is_signed: ClassVar[bool] = False
+    colormap: ClassVar[Colormap] = Colormap.TURBO
+    axes: ClassVar[tuple[str, ...]] = ("rows", "cols")
+    needs_attention_gradients: ClassVar[bool] = False
+    needs_block_inputs: ClassVar[bool] = False
+
+    refine: int = option(
+        1,
+        "Make maps N times finer than patches, from N x N shifted copies of each image.",
+        doc="How many times finer than patches maps are, from refine² shifts of each image.",
+        metavar="N",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            OptionError: A value is outside its range.
+        """
+        if self.refine < 1:
+            raise OptionError(
+                f"--refine is {self.refine}; give how many times finer than patches a map is, "
+                "from 1 up"
+            )
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Method]:
+        """Return what ``evaluate`` compares of this method, by name."""
+        return {cls.name: cls()}
+
+    @property
+    def first_block(self) -> int:
+        """The first block that takes part."""
+        return 0
+
+    @property
+    def backward_rule(self) -> AttentionRule | None:
+        """How a linearised backward pass treats attention; None: the true gradients are used."""
+        return None
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the options that shape its maps, for records and provenance."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values.pop("classes", None)  # a map is of one class, which is recorded beside this
+        return {
+            name: value.value if isinstance(value, Enum) else value
+            for name, value in values.items()
+        }
+
+    def require_model(self, model: Model) -> None:  # noqa: B027 (most are defined for all)
+        """Make sure that the method is defined for a model.
+
+        Raises:
+            OptionError: It is not, with these options.
+        """
+
+    def require_grid(self, grid: tuple[int, int]) -> None:  # noqa: B027 (most fit all)
+        """Make sure that the options fit maps of these (rows, cols).
+
+        Raises:
+            OptionError: They do not.
+        """
+
+    @abstractmethod
+    def compute(self, forward: ForwardPass, target: Target | None) -> TokenMap:
+        """Compute the relevance of each token.
+
+        Args:
+            forward: What was seen of a forward pass of the batch.
+            target: The class to explain; None for a method that explains none.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMethod(Method):
+    """A method whose maps are about a class.
+
+    Attributes:
+        classes: Class requests as typed: an index, a label, ``top1``, ``top5``.
+    """
+
+    explains_class: ClassVar[bool] = True
+
+    classes: tuple[str, ...] = option(
+        ("top1",),
+        "Class to explain: an index, a label, top1 or topK. Repeatable, one map for each.",
+        doc='An index, a label (``"tabby"``), ``"top1"`` or ``"topK"``, or several of these.',
+        metavar="C",
+        flag="--class",
+        shown_default="top1",
+    )
+
+
+def require_share(discard: float) -> None:
+    """Make sure that a discard ratio is one.
+
+    Raises:
+        OptionError: It is not in [0, 1).
+    """
+    if not 0 <= discard < 1:
+        raise OptionError(
+            f"--discard is {discard:g}, but it is the share of attention set to zero: "
+            "give a number from 0 up to, not including, 1 (0.9, say)"
+        )
+
+
+def require_start(start_layer: int | None) -> None:
+    """Make sure that a first block can be one.
+
+    Raises:
+        OptionError: It is below 0.
+    """
+    if start_layer is not None and start_layer < 0:
+        raise OptionError(f"--start-layer is {start_layer}; blocks count from 0")

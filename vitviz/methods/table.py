@@ -1,0 +1,47 @@
+"""All methods by name; commands, Python functions and the names of ``evaluate`` follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vitviz.errors import OptionError
+from vitviz.methods.attention import RawAttention
+from vitviz.methods.evidence import Evidence
+from vitviz.methods.method import Method
+from vitviz.methods.relevance import Relevance
+from vitviz.methods.rollout import GradRollout, Rollout
+
+__all__ = ["METHODS", "NamedMethod", "named_method", "variants"]
+
+METHODS: dict[str, type[Method]] = {
+    each.name: each for each in (Rollout, GradRollout, Relevance, Evidence, RawAttention)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedMethod:
+    """A method to measure, and what it is called in tables."""
+
+    name: str
+    method: Method
+
+
+def variants() -> dict[str, Method]:
+    """Return what ``evaluate`` can set side by side, by name."""
+    return {name: made for each in METHODS.values() for name, made in each.variants().items()}
+
+
+def named_method(name: str) -> NamedMethod:
+    """Read the name of a method to measure; ``@2`` after one makes its maps twice as fine.
+
+    Raises:
+        OptionError: There is no such method.
+    """
+    known = variants()
+    word, at, finer = name.partition("@")
+    if word not in known or (at and not finer.isdecimal()):
+        raise OptionError(
+            f"--methods {name} is unknown; choose among {', '.join(known)}, with @2 after one "
+            "for maps twice as fine (the baselines are always there)"
+        )
+    return NamedMethod(name=name, method=replace(known[word], refine=int(finer) if at else 1))

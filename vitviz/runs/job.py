@@ -1,0 +1,43 @@
+"""What to do with each image of a run, as options that are checked once, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitviz.methods.method import Method
+from vitviz.methods.rollout import Rollout
+from vitviz.options import Fit, PictureOptions, require_counts
+
+__all__ = ["Job"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to do with each image.
+
+    Attributes:
+        method: How maps are computed.
+        pictures: How they become files.
+        fit: How images are brought to the model's size.
+        output: Folder to write to.
+        skip_existing: Leave out images whose files are there, made by the same recipe.
+        batch_size: Images run at once; None: chosen by the number of tokens.
+        workers: Threads for decoding and for writing; None: as many as cores.
+    """
+
+    method: Method = Rollout()
+    pictures: PictureOptions = PictureOptions()
+    fit: Fit = Fit.SQUASH
+    output: Path = Path("vitviz-out")
+    skip_existing: bool = False
+    batch_size: int | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            OptionError: A value is outside its range.
+        """
+        require_counts(self.batch_size, self.workers)
