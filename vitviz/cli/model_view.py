@@ -33,51 +33,57 @@ _MAX_OUTLINE = 12
 _MAX_POSITIONS = 4
 
 
-def show_model(anatomy: ModelSummary, console: Console) -> None:
+def show_model(summary: ModelSummary, console: Console) -> None:
     """Print a model's three parts with their figures, and what vitviz will do with it.
 
     Args:
-        anatomy: What was measured.
+        summary: What was measured.
         console: Where to.
     """
-    _show_title(anatomy, console)
-    blocks = anatomy.blocks
-    _show_part(console, "1", "Tokenization + positional embedding", anatomy.tokenization.cost)
-    show_rows(console, _tokenization_rows(anatomy.tokenization))
+    _show_title(summary, console)
+    blocks = summary.blocks
+    _show_part(console, "1", _first_title(summary), summary.tokenization.cost)
+    show_rows(console, _tokenization_rows(summary.tokenization))
     title = f"Transformer blocks: {block_counts(blocks)}" if blocks else "Transformer blocks"
     _show_part(console, "2", title, blocks.cost if blocks else None)
     if blocks:
         show_rows(console, blocks_rows(blocks))
     else:
-        _show_outline(console, anatomy)
-    _show_part(console, "3", "Head", anatomy.head.cost)
-    show_rows(console, _head_rows(anatomy.head))
+        _show_outline(console, summary)
+    _show_part(console, "3", "Head", summary.head.cost)
+    show_rows(console, _head_rows(summary.head))
     console.print()
-    verdict = [("vitviz", anatomy.support.describe())]
+    verdict = [("vitviz", summary.support.describe())]
     show_rows(console, verdict, indent=0, width=8, style="bold cyan")
 
 
-def _show_title(anatomy: ModelSummary, console: Console) -> None:
-    channels, height, width = anatomy.input_shape
-    macs = f"{short(anatomy.macs)} MACs" if anatomy.macs is not None else f"MACs {UNKNOWN}"
-    title = Text.assemble((printable(anatomy.name), "bold"), (f"  {anatomy.architecture}", "dim"))
+def _show_title(summary: ModelSummary, console: Console) -> None:
+    channels, height, width = summary.input_shape
+    macs = f"{short(summary.macs)} MACs" if summary.macs is not None else f"MACs {UNKNOWN}"
+    title = Text.assemble((printable(summary.name), "bold"), (f"  {summary.architecture}", "dim"))
     console.print(title, soft_wrap=True)
-    facts = f"{short(anatomy.parameters)} parameters · {macs} · "
-    console.print(Text(facts + f"image ({channels}, {height}, {width}) → {_output(anatomy)}"))
-    if anatomy.error:
-        error = printable(anatomy.error)
+    facts = f"{short(summary.parameters)} parameters · {macs} · "
+    console.print(Text(facts + f"image ({channels}, {height}, {width}) → {_output(summary)}"))
+    if summary.error:
+        error = printable(summary.error)
         console.print(Text(f"The model does not run to its end: {error}", style="yellow"))
     note = "MACs: multiply–accumulates for one image, the products QKᵀ and AV included."
-    if anatomy.unused_parameters:
-        note += f" {short(anatomy.unused_parameters)} parameters take no part in a forward pass."
+    if summary.unused_parameters:
+        note += f" {short(summary.unused_parameters)} parameters take no part in a forward pass."
     console.print(Text(note, style="dim"))
 
 
-def _output(anatomy: ModelSummary) -> str:
-    if anatomy.output_shape is None:
+def _first_title(summary: ModelSummary) -> str:
+    if summary.tokenization.positions:
+        return "Tokenization + positional embedding"
+    return "Tokenization" if summary.blocks else "Stem"
+
+
+def _output(summary: ModelSummary) -> str:
+    if summary.output_shape is None:
         return f"output {UNKNOWN}"
-    kind = "logits" if anatomy.head.classes else "features"
-    return f"{kind} {shape_text(anatomy.output_shape[1:])}"
+    kind = "logits" if summary.head.classes else "features"
+    return f"{kind} {shape_text(summary.output_shape[1:])}"
 
 
 def _show_part(console: Console, number: str, title: str, cost: Cost | None) -> None:
@@ -112,7 +118,7 @@ def _tokenization_rows(part: Tokenization) -> list[_Row]:
     if part.norms:
         rows.append(("norm", f"{layers(part.norms)}, before the first block"))
     if part.tokens is not None:
-        rows.append(("sequence", f"{part.tokens:,} tokens × {part.width:,} channels"))
+        rows.append(("sequence", f"{part.tokens} tokens × {part.width} channels"))
     return rows
 
 
@@ -146,12 +152,14 @@ def _patch_words(part: Tokenization) -> str:
 
 def _grid_words(part: Tokenization) -> str:
     patches = part.patches
-    if patches is None or patches.patch_tokens is None:
+    if patches is None or (patches.grid is None and patches.patch_tokens is None):
         return UNKNOWN
     if patches.grid is None:
-        return f"{patches.patch_tokens:,} patch tokens, rows and columns {UNKNOWN}"
+        return f"{patches.patch_tokens} patch tokens, rows and columns {UNKNOWN}"
     rows, cols = patches.grid
-    return f"{rows} rows × {cols} columns = {patches.patch_tokens:,} patch tokens"
+    if patches.patch_tokens is None:
+        return f"{rows} rows × {cols} columns after {patches.name}"
+    return f"{rows} rows × {cols} columns = {patches.patch_tokens} patch tokens"
 
 
 def _position_words(position: PositionEmbedding) -> str:
@@ -162,7 +170,7 @@ def _position_words(position: PositionEmbedding) -> str:
         "relative bias": "relative-position bias",
         "attention bias": "position bias",
         "attention mask": "mask or bias",
-        "not determined": f"{UNKNOWN}: something meets the tokens here,",
+        "not determined": f"constant, its role {UNKNOWN},",
     }
     origin = "learned" if position.learned else "fixed"
     if position.sine:
@@ -193,7 +201,7 @@ def _no_position_words(part: Tokenization) -> str:
     )
 
 
-def _show_outline(console: Console, anatomy: ModelSummary) -> None:
+def _show_outline(console: Console, summary: ModelSummary) -> None:
     words = f"{UNKNOWN}: no single sequence of blocks. The modules as they run:"
     console.print(Text(" " * INDENT + words))
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -208,7 +216,7 @@ def _show_outline(console: Console, anatomy: ModelSummary) -> None:
             for index, title in enumerate(titles)
         )
     )
-    layers = _joined(anatomy.outline)
+    layers = _joined(summary.outline)
     for name, kind, cost in layers[:_MAX_OUTLINE]:
         macs = UNKNOWN if cost.macs is None else short(cost.macs)
         shape = UNKNOWN if cost.output_shape is None else shape_text(cost.output_shape)
@@ -239,7 +247,7 @@ def _joined(layers: Iterable[Layer]) -> list[tuple[str, str, Cost]]:
 
 
 def _head_rows(head: Head) -> list[_Row]:
-    norm = layers(head.norms) or ("none seen" if head.cost else UNKNOWN)
+    norm = layers(head.norms) or ("none seen" if head.cost or head.order else UNKNOWN)
     if head.norm_after_pooling is not None:
         norm += ", after pooling" if head.norm_after_pooling else ", before pooling"
     runs = " → ".join(layer.name for layer in head.order[:_MAX_OUTLINE])
@@ -248,4 +256,4 @@ def _head_rows(head: Head) -> list[_Row]:
     if not head.classes:
         return [*rows, ("linear", "none: the output is the pooled features, no classes")]
     linear = ", ".join(channels(layer) for layer in head.linears) or UNKNOWN
-    return [*rows, ("linear", linear), ("classes", f"{head.classes:,}")]
+    return [*rows, ("linear", linear), ("classes", str(head.classes))]

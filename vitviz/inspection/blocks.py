@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from vitviz.inspection.events import Attention, ModuleRun, Product
+from vitviz.inspection.events import AttentionUse, ModuleRun, Product
 from vitviz.inspection.parts import BlockAttention, BlockKind, Blocks, FeedForward
 from vitviz.inspection.traced import (
     TracedModel,
     is_within,
-    outermost,
-    product_layer,
-    relative,
-    token_count,
+    layer_of_product,
+    outermost_layers,
+    relative_path,
+    sequence_length,
 )
 
 __all__ = ["measure_blocks"]
@@ -48,7 +48,7 @@ def _signature(traced: TracedModel, run: ModuleRun) -> Any:
     ]
     shapes = [(name, tuple(tensor.shape)) for name, tensor in block.named_parameters()]
     calls = [
-        (relative(one.path, run.path), one.shape, one.fused)
+        (relative_path(one.path, run.path), one.shape, one.fused)
         for one in traced.trace.attentions
         if is_within(one.path, run.path)
     ]
@@ -64,7 +64,7 @@ def _block_kind(traced: TracedModel, runs: list[ModuleRun]) -> BlockKind:
         parameters=sum(parameter.numel() for parameter in block.parameters()),
         macs=run.macs,
         output_shape=run.output_shape,
-        order=tuple(outermost(traced, run.path, run.enter)),
+        order=tuple(outermost_layers(traced, run.path, run.enter)),
         attentions=_block_attentions(traced, run),
         feed_forwards=_feed_forwards(traced, run),
         layer_scales=_layer_scales(block),
@@ -82,7 +82,7 @@ def _block_attentions(traced: TracedModel, block: ModuleRun) -> tuple[BlockAtten
 
 
 def _block_attention(
-    traced: TracedModel, block: ModuleRun, attention: Attention, home: str
+    traced: TracedModel, block: ModuleRun, attention: AttentionUse, home: str
 ) -> BlockAttention:
     projections = [
         product
@@ -99,8 +99,8 @@ def _block_attention(
     drop = getattr(traced.modules[home], "attn_drop", None)
     ran = traced.trace.run_of(f"{home}.attn_drop")
     fits = attention.fused or (ran is not None and ran.input_shape == attention.shape)
-    inner = relative(home, block.path)
-    tokens = token_count(block.input_shape)
+    inner = relative_path(home, block.path)
+    tokens = sequence_length(block.input_shape)
     # Without the plain four axes (windows, say) it is not certain which axis holds the heads.
     heads = attention.shape[1] if len(attention.shape) == 4 else None
     return BlockAttention(
@@ -108,7 +108,7 @@ def _block_attention(
         kind=type(traced.modules[home]).__name__,
         heads=heads,
         head_dim=attention.head_dim or getattr(traced.modules[home], "head_dim", None),
-        projections=tuple(product_layer(traced, product, home) for product in projections),
+        projections=tuple(layer_of_product(traced, product, home) for product in projections),
         norms=tuple(norms) if inner else (),
         fused=attention.fused,
         probabilities=attention.shape[1:] if attention.shape[0] == 1 else attention.shape,
@@ -126,9 +126,9 @@ def _feed_forwards(traced: TracedModel, block: ModuleRun) -> tuple[FeedForward, 
             groups.setdefault(_owner(traced, product), []).append(product)
     return tuple(
         FeedForward(
-            name=relative(owner, block.path),
+            name=relative_path(owner, block.path),
             kind=type(traced.modules[owner]).__name__,
-            layers=tuple(product_layer(traced, product, owner) for product in products),
+            layers=tuple(layer_of_product(traced, product, owner) for product in products),
             activation=_activation(traced, owner),
         )
         for owner, products in groups.items()

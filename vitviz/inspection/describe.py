@@ -5,13 +5,12 @@ Nothing here prints, needs weights, or knows models by name.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 
 from vitviz.inspection.blocks import measure_blocks
 from vitviz.inspection.head import measure_head
-from vitviz.inspection.parts import Layer, ModelSummary
+from vitviz.inspection.outline import measure_outline
+from vitviz.inspection.parts import ModelSummary
 from vitviz.inspection.tokenization import measure_tokenization
 from vitviz.inspection.trace import trace_model
 from vitviz.inspection.traced import TracedModel
@@ -19,8 +18,6 @@ from vitviz.models.catalogue import support_of
 from vitviz.models.preprocessing import preprocessing_of
 
 __all__ = ["describe"]
-
-_ALL_BUT_WHOLE = 0.8
 
 
 def describe(
@@ -34,7 +31,7 @@ def describe(
         input_size: (height, width) of the image, if not the one it was built for.
 
     Returns:
-        Its anatomy. A model of any kind gets one, with what can be told about it.
+        Its summary. A model of any kind gets one, with what can be told about it.
     """
     channels, height, width = _input_shape(module, input_size)
     trace = trace_model(module, (channels, height, width))
@@ -52,7 +49,7 @@ def describe(
         tokenization=measure_tokenization(traced, support),
         blocks=blocks,
         head=measure_head(traced, support),
-        outline=_outline(traced),
+        outline=measure_outline(traced),
         unused_parameters=sum(
             size for name, size in traced.sizes.items() if traced.part_of(name) is None
         )
@@ -61,24 +58,6 @@ def describe(
         support=support,
         error=trace.error,
     )
-
-
-def _outline(traced: TracedModel) -> tuple[Layer, ...]:
-    """List the model's outermost modules in the order in which they ran, with their costs."""
-    layers: dict[str, Layer] = {}
-    end = 0
-    for run in traced.trace.runs:
-        if not run.path or run.enter < end or run.leave is None:
-            continue
-        names = [name for name in traced.sizes if name.startswith(f"{run.path}.")]
-        cost = traced.cost(names, run.macs, run.output_shape)
-        has_parts = next(traced.modules[run.path].children(), None) is not None
-        if has_parts and cost.share > _ALL_BUT_WHOLE:
-            continue  # the parts of a module that is nearly the whole model tell more
-        end = run.leave
-        if run.path not in layers and traced.does_something(run):
-            layers[run.path] = replace(traced.layer(run), cost=cost)
-    return tuple(layers.values())
 
 
 def _input_shape(module: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, int, int]:

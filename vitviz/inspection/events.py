@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Attention", "ConstantUse", "ModuleRun", "Product", "Trace"]
+__all__ = ["AttentionUse", "ConstantUse", "ModuleRun", "Product", "Shape", "Trace"]
 
 
 Shape = tuple[int, ...]
@@ -38,7 +38,7 @@ class ConstantUse:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention:
+class AttentionUse:
     """One computation of attention probabilities.
 
     Attributes:
@@ -133,7 +133,7 @@ class Trace:
 
     runs: list[ModuleRun] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
-    attentions: list[Attention] = field(default_factory=list)
+    attentions: list[AttentionUse] = field(default_factory=list)
     constant_uses: list[ConstantUse] = field(default_factory=list)
     first_use: dict[str, int] = field(default_factory=dict)
     macs: int = 0

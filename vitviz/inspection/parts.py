@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vitviz.inspection.events import Shape
 from vitviz.models.catalogue import Support
 
 __all__ = [
@@ -24,9 +25,6 @@ __all__ = [
     "PositionEmbedding",
     "Tokenization",
 ]
-
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +69,9 @@ class PatchEmbedding:
         out_channels: Of that layer.
         convolutions: Number of convolutions; above 1 it is a convolutional stem, and a token sees
             more of the image than its own patch.
-        grid: (rows, cols) of the patch tokens.
-        patch_tokens: Their number.
+        grid: (rows, cols) of the patch tokens, or of what the module hands on where the model
+            has no single sequence of tokens.
+        patch_tokens: Number of patch tokens; None when not determined.
     """
 
     name: str

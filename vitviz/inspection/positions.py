@@ -6,15 +6,21 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from vitviz.inspection.embedding import adds_tokens, extra_tokens, patch_embedding
-from vitviz.inspection.events import Attention, ConstantUse
+from vitviz.inspection.embedding import adds_tokens, measure_extra_tokens, measure_patch_embedding
+from vitviz.inspection.events import AttentionUse, ConstantUse
 from vitviz.inspection.parts import PositionEmbedding
-from vitviz.inspection.traced import TracedModel, blocks_as_i, is_within, norm_runs, token_count
+from vitviz.inspection.traced import (
+    TracedModel,
+    is_within,
+    norms_between,
+    sequence_length,
+    without_block_numbers,
+)
 
-__all__ = ["positions"]
+__all__ = ["measure_positions"]
 
 
-def positions(traced: TracedModel) -> tuple[PositionEmbedding, ...]:
+def measure_positions(traced: TracedModel) -> tuple[PositionEmbedding, ...]:
     """Find every constant that tells tokens apart, equal ones of several blocks as one."""
     trace = traced.trace
     met = [*trace.constant_uses, *(one.bias for one in trace.attentions if one.bias is not None)]
@@ -45,11 +51,11 @@ def _position(traced: TracedModel, use: ConstantUse) -> PositionEmbedding | None
         return _position_of(traced, use, "absolute", f"added in the head {use.path}".strip())
     if use.meaning == "add":
         return _position_of(traced, use, "absolute", _absolute_place(traced, use))
-    where = f"{use.function} in {blocks_as_i(use.path) or 'the model itself'}"
+    where = f"{use.function} in {without_block_numbers(use.path) or 'the model itself'}"
     return _position_of(traced, use, "not determined", where)
 
 
-def _attention_around(traced: TracedModel, use: ConstantUse) -> Attention | None:
+def _attention_around(traced: TracedModel, use: ConstantUse) -> AttentionUse | None:
     """Return the attention in whose module a constant is met; the next one, if there are more."""
     near = [
         attention
@@ -60,7 +66,7 @@ def _attention_around(traced: TracedModel, use: ConstantUse) -> Attention | None
 
 
 def _position_in_attention(
-    traced: TracedModel, use: ConstantUse, attention: Attention
+    traced: TracedModel, use: ConstantUse, attention: AttentionUse
 ) -> PositionEmbedding | None:
     before = use.step < attention.step
     if use.meaning == "add" and use.constant_shape[-2:] == attention.shape[-2:]:
@@ -73,7 +79,7 @@ def _position_in_attention(
         # Decomposed relative positions: the bias is a product of the queries and a small table.
         place = "multiplied with the queries, then added to the attention scores"
         return _position_of(traced, use, "relative bias", place)
-    place = f"{use.function} inside {blocks_as_i(use.path)}"
+    place = f"{use.function} inside {without_block_numbers(use.path)}"
     return _position_of(traced, use, "not determined", place)
 
 
@@ -85,10 +91,10 @@ def _attention_bias(traced: TracedModel, use: ConstantUse, target: str) -> Posit
     return _position_of(traced, use, kind, f"added to the {target}")
 
 
-def _rotary_place(traced: TracedModel, use: ConstantUse, attention: Attention) -> str:
+def _rotary_place(traced: TracedModel, use: ConstantUse, attention: AttentionUse) -> str:
     queries = attention.shape[-2]
     joined = [other for other in traced.trace.constant_uses if adds_tokens(traced, other)]
-    front = sum(other.constant_shape[-2] for other in joined if other.step < traced.first)
+    front = sum(other.constant_shape[-2] for other in joined if other.step < traced.blocks_begin)
     which = ""
     if queries in use.tokens_shape[1:-1]:
         which = " (all tokens)"
@@ -99,23 +105,23 @@ def _rotary_place(traced: TracedModel, use: ConstantUse, attention: Attention) -
 
 def _absolute_place(traced: TracedModel, use: ConstantUse) -> str:
     """Say when a position is added: before or after which tokens joined, and which norm."""
-    plain = traced.block_runs and token_count(traced.block_runs[0].input_shape) is not None
+    plain = traced.block_runs and sequence_length(traced.block_runs[0].input_shape) is not None
     if not plain:
         return f"added in {use.path}" if use.path else "added to the tokens"
     if traced.stage(use.step) == 1:
         return "added inside the blocks"
     joined = [other for other in traced.trace.constant_uses if adds_tokens(traced, other)]
-    front = [other for other in joined if other.step < traced.first]
-    earlier = [extra_tokens(traced, other).kind for other in front if other.step < use.step]
-    later = [extra_tokens(traced, other).kind for other in front if other.step > use.step]
+    front = [other for other in joined if other.step < traced.blocks_begin]
+    earlier = [measure_extra_tokens(traced, other).kind for other in front if other.step < use.step]
+    later = [measure_extra_tokens(traced, other).kind for other in front if other.step > use.step]
     words = []
     if earlier:
         words.append(f"after the {_listed(earlier)} {_are(earlier)} prepended")
     if later:
         words.append(f"to the patch tokens, before the {_listed(later)} {_are(later)} prepended")
-    patches = patch_embedding(traced, None)
-    for run in norm_runs(traced, 0):
-        if run.enter < use.step and patches and not run.path.startswith(patches.name):
+    patches = measure_patch_embedding(traced, None)
+    for run in norms_between(traced, 0, min(use.step, traced.blocks_begin)):
+        if patches and not run.path.startswith(patches.name):
             words.append(f"after {run.path}")
     return ", ".join(
         [
@@ -127,10 +133,10 @@ def _absolute_place(traced: TracedModel, use: ConstantUse) -> str:
 
 
 def _position_of(traced: TracedModel, use: ConstantUse, kind: str, place: str) -> PositionEmbedding:
-    named = sorted({blocks_as_i(name) for name in use.names})
+    named = sorted({without_block_numbers(name) for name in use.names})
     # An index table only says where in the learned table to look.
     learned = [name for name in use.names if name in traced.sizes]
-    shown = sorted({blocks_as_i(name) for name in learned}) or named
+    shown = sorted({without_block_numbers(name) for name in learned}) or named
     return PositionEmbedding(
         kind=kind,
         parameters=tuple(shown),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from vitviz.inspection.embedding import adds_tokens, extra_tokens, patch_embedding
+from vitviz.inspection.embedding import adds_tokens, measure_extra_tokens, measure_patch_embedding
 from vitviz.inspection.parts import Tokenization
-from vitviz.inspection.positions import positions
-from vitviz.inspection.traced import TracedModel, is_within, norm_runs, token_count
+from vitviz.inspection.positions import measure_positions
+from vitviz.inspection.traced import TracedModel, is_within, norms_between, sequence_length
 from vitviz.models.catalogue import Support
 
 __all__ = ["measure_tokenization"]
@@ -20,28 +20,28 @@ def measure_tokenization(traced: TracedModel, support: Support) -> Tokenization:
     cost = traced.part_cost(0)
     shape = cost.output_shape if cost else None
     joined = [use for use in trace.constant_uses if adds_tokens(traced, use)]
-    extra = tuple(extra_tokens(traced, use) for use in joined)
-    tokens = token_count(shape)
+    extra = tuple(measure_extra_tokens(traced, use) for use in joined)
+    tokens = sequence_length(shape)
     # Of a model with two sequences (CrossViT), the blocks' first is meant: its tokens are as wide.
     front = sum(
         use.constant_shape[-2]
         for use in joined
-        if shape and use.step < traced.first and use.constant_shape[-1] == shape[-1]
+        if shape and use.step < traced.blocks_begin and use.constant_shape[-1] == shape[-1]
     )
-    patches = patch_embedding(traced, None if tokens is None else tokens - front)
+    patches = measure_patch_embedding(traced, None if tokens is None else tokens - front)
     if patches and patches.grid is None and support.grid:
         patches = replace(patches, grid=support.grid)
     home = patches.name if patches else None
     norms = [
         traced.layer(run)
-        for run in norm_runs(traced, 0)
+        for run in norms_between(traced, 0, traced.blocks_begin)
         if cost and home and not run.path.startswith(home)
     ]
     return Tokenization(
         cost=cost,
         patches=patches,
         extra_tokens=extra,
-        positions=positions(traced),
+        positions=measure_positions(traced),
         norms=tuple(norms),
         later_convolutions=sum(
             math.prod(product.kernel) > 1 and not (home and is_within(product.path, home))

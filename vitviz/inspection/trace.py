@@ -19,13 +19,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitviz.inspection.events import Attention, ConstantUse, ModuleRun, Product, Trace
+from vitviz.inspection.events import AttentionUse, ConstantUse, ModuleRun, Product, Shape, Trace
 from vitviz.models.structure import on_meta
 
 __all__ = ["trace_model"]
-
-
-Shape = tuple[int, ...]
 
 # The only ways in which a constant joins the image's tokens that have a meaning below.
 _MEANINGS = {
@@ -170,7 +167,7 @@ class _TensorTracker(TorchFunctionMode):
             self._see_product(step, name, args, kwargs, output)
         elif name == "softmax" and self._origin(inputs[0]).image and inputs[0].dim() >= 3:
             self._clock.trace.attentions.append(
-                Attention(
+                AttentionUse(
                     step=step, path=self._clock.path, fused=False, shape=tuple(inputs[0].shape)
                 )
             )
@@ -184,7 +181,7 @@ class _TensorTracker(TorchFunctionMode):
         if mask is not None and not self._origin(mask).image:
             bias = self._constant_use(step, "add", "scaled_dot_product_attention", query, mask)
         self._clock.trace.attentions.append(
-            Attention(
+            AttentionUse(
                 step=step,
                 path=self._clock.path,
                 fused=True,

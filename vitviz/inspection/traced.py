@@ -8,23 +8,20 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from vitviz.inspection.events import Attention, ModuleRun, Product, Trace
+from vitviz.inspection.events import AttentionUse, ModuleRun, Product, Shape, Trace
 from vitviz.inspection.parts import Cost, Layer
 from vitviz.models.structure import block_names
 
 __all__ = [
     "TracedModel",
-    "blocks_as_i",
-    "norm_runs",
-    "outermost",
-    "product_layer",
-    "relative",
-    "token_count",
+    "without_block_numbers",
+    "norms_between",
+    "outermost_layers",
+    "layer_of_product",
+    "relative_path",
+    "sequence_length",
     "is_within",
 ]
-
-
-Shape = tuple[int, ...]
 
 
 class TracedModel:
@@ -42,12 +39,12 @@ class TracedModel:
         self.homes = [self._home(attention) for attention in trace.attentions]
 
     @property
-    def first(self) -> float:
+    def blocks_begin(self) -> float:
         """Step at which the first block begins; never, in a model without blocks."""
         return self.block_runs[0].enter if self.block_runs else math.inf
 
     @property
-    def last(self) -> float:
+    def blocks_end(self) -> float:
         """Step at which the last block ends."""
         return max((run.leave or math.inf for run in self.block_runs), default=math.inf)
 
@@ -60,7 +57,7 @@ class TracedModel:
 
     def stage(self, step: int) -> int:
         """Return which part a step belongs to."""
-        return int(step > self.first) + int(step > self.last)
+        return int(step > self.blocks_begin) + int(step > self.blocks_end)
 
     def cost(self, names: Iterable[str], macs: int | None, output_shape: Shape | None) -> Cost:
         """Sum the parameters of these names into a cost."""
@@ -85,7 +82,7 @@ class TracedModel:
 
     def layer(self, run: ModuleRun, within: str = "") -> Layer:
         """Name a module that ran."""
-        return Layer(name=relative(run.path, within), kind=run.kind)
+        return Layer(name=relative_path(run.path, within), kind=run.kind)
 
     def does_something(self, run: ModuleRun) -> bool:
         """Tell whether a module that ran changes its input in evaluation mode."""
@@ -109,20 +106,20 @@ class TracedModel:
         runs = [run for run in self.trace.runs if run.path in set(paths)]
         return runs if [run.path for run in runs] == paths else []
 
-    def _home(self, attention: Attention) -> str:
+    def _home(self, attention: AttentionUse) -> str:
         """Return the module that computes an attention, not the softmax that it has for it."""
         if isinstance(self.modules[attention.path], nn.Softmax):
             return attention.path.rpartition(".")[0]
         return attention.path
 
 
-def token_count(shape: Shape | None) -> int | None:
+def sequence_length(shape: Shape | None) -> int | None:
     """Count the tokens of (1, …, channels); more than one in front means something else."""
     plain = shape is not None and len(shape) >= 3 and shape[0] == 1
     return math.prod(shape[1:-1]) if shape and plain else None
 
 
-def outermost(traced: TracedModel, within: str, after: float = 0) -> list[Layer]:
+def outermost_layers(traced: TracedModel, within: str, after: float = 0) -> list[Layer]:
     """List the outermost modules that ran in another and did something."""
     layers: list[Layer] = []
     for run in traced.trace.runs:
@@ -134,29 +131,31 @@ def outermost(traced: TracedModel, within: str, after: float = 0) -> list[Layer]
     return layers
 
 
-def product_layer(traced: TracedModel, product: Product, within: str) -> Layer:
+def layer_of_product(traced: TracedModel, product: Product, within: str) -> Layer:
     """Name the layer of a product, by the weight that it uses."""
     # A weight may be used without running its module (BEiT adds its bias by itself).
     path = product.weight.rpartition(".")[0] if product.weight else product.path
     path = path if path in traced.modules else product.path
     return Layer(
-        name=relative(path, within) or path.rpartition(".")[2],
+        name=relative_path(path, within) or path.rpartition(".")[2],
         kind=type(traced.modules[path]).__name__,
         inputs=product.inputs,
         outputs=product.outputs,
     )
 
 
-def norm_runs(traced: TracedModel, part: int) -> list[ModuleRun]:
-    """List the norms that run in a part, but not inside an attention's own module."""
-    return [
+def norms_between(traced: TracedModel, after: float, before: float) -> list[ModuleRun]:
+    """List the norms that begin between two steps, but not inside an attention's own module."""
+    norms = [
         run
         for run in traced.trace.runs
-        if traced.stage(run.enter) == part
+        if after < run.enter < before
         and traced.is_norm(run)
-        and run.path.count(".") <= 1
         and not any(home and is_within(run.path, home) for home in traced.homes)
     ]
+    # Deeper ones belong to something larger, a block of class attention, say: they are the answer
+    # only where there is nothing else.
+    return [run for run in norms if run.path.count(".") <= 1] or norms
 
 
 def is_within(path: str, home: str) -> bool:
@@ -164,11 +163,11 @@ def is_within(path: str, home: str) -> bool:
     return not home or path == home or path.startswith(f"{home}.")
 
 
-def relative(path: str, home: str) -> str:
+def relative_path(path: str, home: str) -> str:
     """Name a module relative to the one that it is in."""
     return path[len(home) :].lstrip(".") if is_within(path, home) else path
 
 
-def blocks_as_i(path: str) -> str:
+def without_block_numbers(path: str) -> str:
     """Write the numbers in a path as ``i``, so that the same place in all blocks reads alike."""
     return re.sub(r"\.\d+(?=\.|$)", ".i", path)

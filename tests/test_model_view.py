@@ -18,10 +18,10 @@ from vitviz.inspection.parts import BlockKind, Cost, Layer, ModelSummary
 from vitviz.models.building import build_skeleton
 
 
-def shown(anatomy: ModelSummary, width: int = 100) -> str:
+def shown(summary: ModelSummary, width: int = 100) -> str:
     """Return the view with every run of blanks as one: lines break where the width says."""
     stream = io.StringIO()
-    show_model(anatomy, Console(file=stream, width=width))
+    show_model(summary, Console(file=stream, width=width))
     return " ".join(stream.getvalue().split())
 
 
@@ -74,6 +74,7 @@ FACTS = {
     "mixer_b16_224": [
         "positions none: nothing tells one token from another",
         "attention not determined: no softmax was seen in the block",
+        "1 Tokenization 591 k parameters",  # without a positional embedding
         "MLP 196 → 384 → 196, GELU (mlp_tokens: Mlp)",
     ],
     "eva02_tiny_patch14_224": ["192 → 1024, one half gates the other → 512 → 192, SiLU"],
@@ -101,7 +102,31 @@ FACTS = {
     "poolformer_s12": [
         "no embedding; 3 convolutions see neighbours, and the border by their padding",
     ],
+    "swin_tiny_patch4_window7_224": [
+        "1 Tokenization + positional embedding",
+        "grid 56 rows × 56 columns after patch_embed",
+        "runs norm → head norm LayerNorm (norm), before pooling pooling average",
+    ],
+    "convnext_tiny": [
+        "1 Stem",
+        "grid 56 rows × 56 columns after stem",
+        "norm LayerNorm2d (head.norm), after pooling pooling average",
+    ],
+    "resnet50": [
+        "1 Stem",
+        "runs global_pool → fc norm none seen pooling average",
+    ],
+    "twins_svt_small": [
+        "first layer Conv2d, 3 → 64 channels, kernel 4×4, stride 4×4",
+        "grid 56 rows × 56 columns after patch_embeds.0",
+    ],
+    "efficientvit_b0": ["norm BatchNorm2d (head.in_conv.norm), LayerNorm (head.classifier.1)"],
+    "vit_so400m_patch14_siglip_224": [
+        "sequence 256 tokens × 1152 channels",
+        "qkv 1152 → 3456",
+    ],
     "tnt_s_patch16_224": [
+        "grid not determined",  # two sequences, one within each patch
         "attention 4 heads × 6 channels, qk 24 → 48, v 24 → 24",
         "attention 6 heads × 64 channels, qk 384 → 768, v 384 → 384",
         "norm LayerNorm (norm1_proj, norm2_proj), before the first block",
@@ -245,34 +270,34 @@ def test_layers_that_are_no_chain_are_listed() -> None:
 # What could not be found out
 
 
-def first_kind(anatomy: ModelSummary) -> BlockKind:
-    assert anatomy.blocks is not None
-    return anatomy.blocks.kinds[0]
+def first_kind(summary: ModelSummary) -> BlockKind:
+    assert summary.blocks is not None
+    return summary.blocks.kinds[0]
 
 
-def with_kind(anatomy: ModelSummary, **changes: object) -> ModelSummary:
-    assert anatomy.blocks is not None
-    kinds = (replace(first_kind(anatomy), **changes),)
-    return replace(anatomy, blocks=replace(anatomy.blocks, kinds=kinds))
+def with_kind(summary: ModelSummary, **changes: object) -> ModelSummary:
+    assert summary.blocks is not None
+    kinds = (replace(first_kind(summary), **changes),)
+    return replace(summary, blocks=replace(summary.blocks, kinds=kinds))
 
 
 def test_more_attentions_than_fit_are_counted() -> None:
-    anatomy = small_vit()
-    crowded = with_kind(anatomy, attentions=first_kind(anatomy).attentions * 5)
+    summary = small_vit()
+    crowded = with_kind(summary, attentions=first_kind(summary).attentions * 5)
     assert "and 3 more attentions" in shown(crowded)
 
 
 def test_what_is_not_determined_is_said_and_not_guessed() -> None:
-    anatomy = small_vit()
-    assert "not determined MACs" in shown(with_kind(anatomy, macs=None))
-    nothing = replace(anatomy, tokenization=replace(anatomy.tokenization, patches=None))
+    summary = small_vit()
+    assert "not determined MACs" in shown(with_kind(summary, macs=None))
+    nothing = replace(summary, tokenization=replace(summary.tokenization, patches=None))
     assert "patches not determined grid not determined" in shown(nothing)
-    patches = anatomy.tokenization.patches
+    patches = summary.tokenization.patches
     assert patches is not None
-    ungridded = replace(anatomy.tokenization, patches=replace(patches, grid=None))
-    text = shown(replace(anatomy, tokenization=ungridded))
+    ungridded = replace(summary.tokenization, patches=replace(patches, grid=None))
+    text = shown(replace(summary, tokenization=ungridded))
     assert "16 patch tokens, rows and columns not determined" in text
-    text = shown(replace(anatomy, macs=None, output_shape=None))
+    text = shown(replace(summary, macs=None, output_shape=None))
     assert "MACs not determined · image (3, 32, 32) → output not determined" in text
 
 

@@ -33,9 +33,9 @@ def described(case_name: str) -> ModelSummary:
     return describe(case.build(), case.name, input_size=size)
 
 
-def shown(anatomy: ModelSummary, width: int = 80) -> list[str]:
+def shown(summary: ModelSummary, width: int = 80) -> list[str]:
     stream = io.StringIO()
-    show_model(anatomy, Console(file=stream, width=width))
+    show_model(summary, Console(file=stream, width=width))
     return stream.getvalue().splitlines()
 
 
@@ -121,18 +121,18 @@ def test_deit_tiny_head_and_support(deit: ModelSummary) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parts_sum_to_the_model_for_every_layout(case: TinyCase) -> None:
-    anatomy = described(case.name)
-    assert anatomy.error is None
-    assert anatomy.blocks is not None
-    costs = (anatomy.tokenization.cost, anatomy.blocks.cost, anatomy.head.cost)
+    summary = described(case.name)
+    assert summary.error is None
+    assert summary.blocks is not None
+    costs = (summary.tokenization.cost, summary.blocks.cost, summary.head.cost)
     parameters = [cost.parameters for cost in costs if cost]
-    assert sum(parameters) + anatomy.unused_parameters == anatomy.parameters
-    assert sum(cost.macs or 0 for cost in costs if cost) == anatomy.macs
-    assert anatomy.blocks.count == case.blocks
-    assert anatomy.tokenization.tokens == case.tokens
-    assert anatomy.tokenization.patches is not None
-    assert anatomy.tokenization.patches.grid == case.grid
-    assert sum(one.count for one in anatomy.tokenization.extra_tokens) == case.prefix_tokens
+    assert sum(parameters) + summary.unused_parameters == summary.parameters
+    assert sum(cost.macs or 0 for cost in costs if cost) == summary.macs
+    assert summary.blocks.count == case.blocks
+    assert summary.tokenization.tokens == case.tokens
+    assert summary.tokenization.patches is not None
+    assert summary.tokenization.patches.grid == case.grid
+    assert sum(one.count for one in summary.tokenization.extra_tokens) == case.prefix_tokens
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ def tiny_vit(**arguments: object) -> VisionTransformer:
 
 
 def test_position_without_an_entry_for_the_class_token_is_told_apart() -> None:
-    anatomy = describe(tiny_vit(no_embed_class=True), "tiny")
-    (position,) = anatomy.tokenization.positions
+    summary = describe(tiny_vit(no_embed_class=True), "tiny")
+    (position,) = summary.tokenization.positions
     assert position.shape == (1, 16, 48)
     assert position.place == (
         "added to the patch tokens, before the class token is prepended, before the first block"
@@ -185,23 +185,23 @@ def test_position_without_an_entry_for_the_class_token_is_told_apart() -> None:
 
 
 def test_position_without_prefix_tokens_is_added_to_the_patches() -> None:
-    anatomy = describe(tiny_vit(class_token=False, global_pool="avg"), "tiny")
-    (position,) = anatomy.tokenization.positions
+    summary = describe(tiny_vit(class_token=False, global_pool="avg"), "tiny")
+    (position,) = summary.tokenization.positions
     assert position.shape == (1, 16, 48)
     assert position.place == "added to the patch tokens, before the first block"
-    assert anatomy.tokenization.extra_tokens == ()
+    assert summary.tokenization.extra_tokens == ()
 
 
 def test_norm_before_the_blocks_is_named_after_the_position() -> None:
-    anatomy = describe(tiny_vit(pre_norm=True), "tiny")
-    assert [layer.name for layer in anatomy.tokenization.norms] == ["norm_pre"]
-    assert "norm_pre" not in anatomy.tokenization.positions[0].place
+    summary = describe(tiny_vit(pre_norm=True), "tiny")
+    assert [layer.name for layer in summary.tokenization.norms] == ["norm_pre"]
+    assert "norm_pre" not in summary.tokenization.positions[0].place
 
 
 def test_model_without_positions_claims_none() -> None:
-    anatomy = describe(tiny_vit(pos_embed="none"), "tiny")
-    assert anatomy.tokenization.positions == ()
-    assert anatomy.tokenization.later_convolutions == 0
+    summary = describe(tiny_vit(pos_embed="none"), "tiny")
+    assert summary.tokenization.positions == ()
+    assert summary.tokenization.later_convolutions == 0
 
 
 def test_unknown_meeting_with_the_tokens_is_not_guessed() -> None:
@@ -252,20 +252,20 @@ def test_unfused_attention_is_had_at_its_dropout() -> None:
 
 
 def test_model_without_classes_has_no_grad_rollout() -> None:
-    anatomy = describe(tiny_vit(num_classes=0), "tiny")
-    assert (anatomy.support.rollout, anatomy.support.grad_rollout) == (True, False)
-    assert anatomy.head.linears == ()
-    assert any("no logit" in line for line in shown(anatomy))
+    summary = describe(tiny_vit(num_classes=0), "tiny")
+    assert (summary.support.rollout, summary.support.grad_rollout) == (True, False)
+    assert summary.head.linears == ()
+    assert any("no logit" in line for line in shown(summary))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "hiera_tiny_224"])
 def test_other_architectures_are_described_without_guessing(name: str) -> None:
-    anatomy = describe(build_skeleton(name), name)
-    assert anatomy.macs
-    assert anatomy.outline
-    assert not anatomy.support.rollout
-    assert anatomy.support.reason
-    assert any("not determined" in line for line in shown(anatomy))
+    summary = describe(build_skeleton(name), name)
+    assert summary.macs
+    assert summary.outline
+    assert not summary.support.rollout
+    assert summary.support.reason
+    assert any("not determined" in line for line in shown(summary))
 
 
 def test_model_that_does_not_run_still_has_its_parameters() -> None:
@@ -275,10 +275,10 @@ def test_model_that_does_not_run_still_has_its_parameters() -> None:
 
     with torch.device("meta"):
         module = Broken(img_size=32, patch_size=8, embed_dim=48, num_heads=3, depth=2).eval()
-    anatomy = describe(module, "broken")
-    assert (anatomy.macs, anatomy.error) == (None, "no head today")
-    assert anatomy.parameters == sum(one.numel() for one in module.parameters())
-    assert any("no head today" in line for line in shown(anatomy))
+    summary = describe(module, "broken")
+    assert (summary.macs, summary.error) == (None, "no head today")
+    assert summary.parameters == sum(one.numel() for one in module.parameters())
+    assert any("no head today" in line for line in shown(summary))
 
 
 def test_inspecting_leaves_the_model_as_it_was() -> None:
