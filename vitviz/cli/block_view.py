@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vitviz.cli.words import UNKNOWN, channels, layers, shape_text, short
+from vitviz.cli.words import UNKNOWN, layer_channels, layer_list, shape_text, short_count
 from vitviz.inspection.parts import BlockAttention, BlockKind, Blocks, FeedForward, Layer
 
-__all__ = ["block_counts", "blocks_rows", "seen"]
+__all__ = ["block_title", "block_rows"]
 
 
 _Row = tuple[str, str]
@@ -15,7 +15,7 @@ _MAX_KINDS = 6
 _MAX_ATTENTIONS = 2
 
 
-def block_counts(blocks: Blocks) -> str:
+def block_title(blocks: Blocks) -> str:
     """Count a model's blocks and name their kinds."""
     if len(blocks.kinds) == 1:
         alike = ", all identical" if blocks.count > 1 else ""
@@ -24,10 +24,10 @@ def block_counts(blocks: Blocks) -> str:
     return f"{blocks.count} × {' and '.join(names)}, of {len(blocks.kinds)} different builds"
 
 
-def blocks_rows(blocks: Blocks) -> list[_Row]:
+def block_rows(blocks: Blocks) -> list[_Row]:
     """Describe a model's blocks, each kind of them once."""
     first, *others = blocks.kinds
-    rows = _block_rows(first, alone=not others)
+    rows = _kind_rows(first, alone=not others)
     for kind in others[:_MAX_KINDS]:
         rows.append((_block_label(kind), _difference(kind, first)))
     if len(others) > _MAX_KINDS:
@@ -35,12 +35,13 @@ def blocks_rows(blocks: Blocks) -> list[_Row]:
     return rows
 
 
-def _block_rows(kind: BlockKind, *, alone: bool) -> list[_Row]:
+def _kind_rows(kind: BlockKind, *, alone: bool) -> list[_Row]:
+    """Write how one kind of block is built, in labelled rows."""
     label = "one block" if alone else _block_label(kind)
     figures = _block_figures(kind) if alone else f"{_indices(kind)}{_block_figures(kind)}"
     rows = [(label, figures), ("runs", " → ".join(one.name for one in kind.order))]
     norms = [layer for layer in kind.order if "Norm" in layer.kind]
-    rows.append(("norm", layers(norms) or "none seen"))
+    rows.append(("norm", layer_list(norms) or "none seen"))
     for attention in kind.attentions[:_MAX_ATTENTIONS]:
         rows += [
             ("attention", _attention_words(attention)),
@@ -61,9 +62,9 @@ def _block_rows(kind: BlockKind, *, alone: bool) -> list[_Row]:
 
 
 def _block_figures(kind: BlockKind) -> str:
-    macs = UNKNOWN if kind.macs is None else short(kind.macs)
+    macs = UNKNOWN if kind.macs is None else short_count(kind.macs)
     shape = UNKNOWN if kind.output_shape is None else shape_text(kind.output_shape)
-    return f"{short(kind.parameters)} parameters · {macs} MACs · output {shape}"
+    return f"{short_count(kind.parameters)} parameters · {macs} MACs · output {shape}"
 
 
 def _difference(kind: BlockKind, first: BlockKind) -> str:
@@ -74,24 +75,19 @@ def _difference(kind: BlockKind, first: BlockKind) -> str:
     order = [layer.name for layer in kind.order]
     if order != [layer.name for layer in first.order]:
         words.append(" → ".join(order))
-    if kind.attentions and seen(kind.attentions) != seen(first.attentions):
-        attention = kind.attentions[0]
-        words.append(f"probabilities {shape_text(attention.probabilities)}")
+    shapes = [attention.probabilities for attention in kind.attentions]
+    if shapes and shapes != [attention.probabilities for attention in first.attentions]:
+        words.append(f"probabilities {shape_text(shapes[0])}")
     return " · ".join(words)
-
-
-def seen(attentions: Sequence[BlockAttention]) -> list[tuple[int, ...]]:
-    """Write how one kind of block is built, in labelled rows."""
-    return [attention.probabilities for attention in attentions]
 
 
 def _attention_words(attention: BlockAttention) -> str:
     heads = f"{attention.heads} heads" if attention.heads else f"heads {UNKNOWN}"
     if attention.head_dim:
         heads += f" × {attention.head_dim} channels"
-    words = [heads, *(channels(layer) for layer in attention.projections)]
+    words = [heads, *(layer_channels(layer) for layer in attention.projections)]
     if attention.norms:
-        words.append(layers(attention.norms))
+        words.append(layer_list(attention.norms))
     return ", ".join([*words, "fused" if attention.fused else "not fused"])
 
 
@@ -121,11 +117,13 @@ def _widths(layers: Sequence[Layer]) -> str:
     if all(before.outputs == after.inputs for before, after in pairs):
         return " → ".join(str(width) for width in (first.inputs, *(one.outputs for one in layers)))
     outputs = {one.outputs for one in layers[:-1]}
+    end = layer_channels(last, "")
+    # SwiGLU: one layer that makes both halves, or one layer for each.
     if len(layers) == 2 and first.outputs == 2 * (last.inputs or 0):
-        return f"{first.inputs} → {first.outputs}, one half gates the other → {channels(last, '')}"
+        return f"{first.inputs} → {first.outputs}, one half gates the other → {end}"
     if len(layers) == 3 and outputs == {last.inputs} and first.inputs == layers[1].inputs:
-        return f"{first.inputs} → 2 × {first.outputs}, one gates the other → {channels(last, '')}"
-    return ", ".join(channels(layer) for layer in layers)
+        return f"{first.inputs} → 2 × {first.outputs}, one gates the other → {end}"
+    return ", ".join(layer_channels(layer) for layer in layers)
 
 
 def _block_label(kind: BlockKind) -> str:

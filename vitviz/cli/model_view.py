@@ -11,9 +11,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vitviz.cli.block_view import block_counts, blocks_rows
+from vitviz.cli.block_view import block_rows, block_title
 from vitviz.cli.rows import INDENT, LABEL_WIDTH, show_rows
-from vitviz.cli.words import UNKNOWN, channels, layers, percent, shape_text, short, times
+from vitviz.cli.words import (
+    UNKNOWN,
+    layer_channels,
+    layer_list,
+    percentage,
+    shape_text,
+    short_count,
+    size_text,
+)
 from vitviz.errors import printable
 from vitviz.inspection.parts import (
     Cost,
@@ -44,10 +52,10 @@ def show_model(summary: ModelSummary, console: Console) -> None:
     blocks = summary.blocks
     _show_part(console, "1", _first_title(summary), summary.tokenization.cost)
     show_rows(console, _tokenization_rows(summary.tokenization))
-    title = f"Transformer blocks: {block_counts(blocks)}" if blocks else "Transformer blocks"
+    title = f"Transformer blocks: {block_title(blocks)}" if blocks else "Transformer blocks"
     _show_part(console, "2", title, blocks.cost if blocks else None)
     if blocks:
-        show_rows(console, blocks_rows(blocks))
+        show_rows(console, block_rows(blocks))
     else:
         _show_outline(console, summary)
     _show_part(console, "3", "Head", summary.head.cost)
@@ -59,21 +67,23 @@ def show_model(summary: ModelSummary, console: Console) -> None:
 
 def _show_title(summary: ModelSummary, console: Console) -> None:
     channels, height, width = summary.input_shape
-    macs = f"{short(summary.macs)} MACs" if summary.macs is not None else f"MACs {UNKNOWN}"
+    macs = f"{short_count(summary.macs)} MACs" if summary.macs is not None else f"MACs {UNKNOWN}"
     title = Text.assemble((printable(summary.name), "bold"), (f"  {summary.architecture}", "dim"))
     console.print(title, soft_wrap=True)
-    facts = f"{short(summary.parameters)} parameters · {macs} · "
+    facts = f"{short_count(summary.parameters)} parameters · {macs} · "
     console.print(Text(facts + f"image ({channels}, {height}, {width}) → {_output(summary)}"))
     if summary.error:
         error = printable(summary.error)
         console.print(Text(f"The model does not run to its end: {error}", style="yellow"))
     note = "MACs: multiply–accumulates for one image, the products QKᵀ and AV included."
     if summary.unused_parameters:
-        note += f" {short(summary.unused_parameters)} parameters take no part in a forward pass."
+        unused = short_count(summary.unused_parameters)
+        note += f" {unused} parameters take no part in a forward pass."
     console.print(Text(note, style="dim"))
 
 
 def _first_title(summary: ModelSummary) -> str:
+    """Promise a positional embedding only where one was seen, and tokens where there are some."""
     if summary.tokenization.positions:
         return "Tokenization + positional embedding"
     return "Tokenization" if summary.blocks else "Stem"
@@ -94,8 +104,8 @@ def _show_part(console: Console, number: str, title: str, cost: Cost | None) -> 
 
 
 def _figures(cost: Cost) -> str:
-    macs = f"MACs {UNKNOWN}" if cost.macs is None else f"{short(cost.macs)} MACs"
-    share = f"{short(cost.parameters)} parameters ({percent(cost.share)})"
+    macs = f"MACs {UNKNOWN}" if cost.macs is None else f"{short_count(cost.macs)} MACs"
+    share = f"{short_count(cost.parameters)} parameters ({percentage(cost.share)})"
     shape = UNKNOWN if cost.output_shape is None else shape_text(cost.output_shape)
     return f"{share} · {macs} · output {shape}"
 
@@ -116,7 +126,7 @@ def _tokenization_rows(part: Tokenization) -> list[_Row]:
     if not part.positions:
         rows.append((label, _no_position_words(part)))
     if part.norms:
-        rows.append(("norm", f"{layers(part.norms)}, before the first block"))
+        rows.append(("norm", f"{layer_list(part.norms)}, before the first block"))
     if part.tokens is not None:
         rows.append(("sequence", f"{part.tokens} tokens × {part.width} channels"))
     return rows
@@ -139,7 +149,7 @@ def _patch_words(part: Tokenization) -> str:
     channels = f"{patches.in_channels} → {patches.out_channels} channels"
     layer = f"{patches.operation}, {channels}"
     if patches.kernel:
-        layer += f", kernel {times(patches.kernel)}, stride {times(patches.stride)}"
+        layer += f", kernel {size_text(patches.kernel)}, stride {size_text(patches.stride)}"
     else:
         layer += ", on patches cut out of the image"
     if patches.convolutions <= 1:
@@ -218,10 +228,11 @@ def _show_outline(console: Console, summary: ModelSummary) -> None:
     )
     layers = _joined(summary.outline)
     for name, kind, cost in layers[:_MAX_OUTLINE]:
-        macs = UNKNOWN if cost.macs is None else short(cost.macs)
+        macs = UNKNOWN if cost.macs is None else short_count(cost.macs)
         shape = UNKNOWN if cost.output_shape is None else shape_text(cost.output_shape)
         label = Text(" " * INDENT + name, style="cyan")
-        table.add_row(label, Text(kind), Text(short(cost.parameters)), Text(macs), Text(shape))
+        parameters = short_count(cost.parameters)
+        table.add_row(label, Text(kind), Text(parameters), Text(macs), Text(shape))
     console.print(table)
     if len(layers) > _MAX_OUTLINE:
         more = len(layers) - _MAX_OUTLINE
@@ -235,7 +246,7 @@ def _joined(layers: Iterable[Layer]) -> list[tuple[str, str, Cost]]:
         layers, key=lambda layer: (layer.kind, layer.cost, layer.name.rpartition(".")[0])
     ):
         names = [layer.name for layer in alike]
-        assert cost is not None
+        assert cost is not None  # an outline measures every layer
         count = len(names)
         if count > 1:
             names[1:] = [names[-1].rpartition(".")[2]]
@@ -247,7 +258,7 @@ def _joined(layers: Iterable[Layer]) -> list[tuple[str, str, Cost]]:
 
 
 def _head_rows(head: Head) -> list[_Row]:
-    norm = layers(head.norms) or ("none seen" if head.cost or head.order else UNKNOWN)
+    norm = layer_list(head.norms) or ("none seen" if head.cost or head.order else UNKNOWN)
     if head.norm_after_pooling is not None:
         norm += ", after pooling" if head.norm_after_pooling else ", before pooling"
     runs = " → ".join(layer.name for layer in head.order[:_MAX_OUTLINE])
@@ -255,5 +266,5 @@ def _head_rows(head: Head) -> list[_Row]:
     rows += [("norm", norm), ("pooling", head.pooling or UNKNOWN)]
     if not head.classes:
         return [*rows, ("linear", "none: the output is the pooled features, no classes")]
-    linear = ", ".join(channels(layer) for layer in head.linears) or UNKNOWN
+    linear = ", ".join(layer_channels(layer) for layer in head.linears) or UNKNOWN
     return [*rows, ("linear", linear), ("classes", str(head.classes))]

@@ -6,13 +6,21 @@ from collections.abc import Sequence
 
 from vitviz.inspection.parts import Layer
 
-__all__ = ["UNKNOWN", "channels", "layers", "percent", "short", "times", "shape_text"]
+__all__ = [
+    "UNKNOWN",
+    "layer_channels",
+    "layer_list",
+    "percentage",
+    "short_count",
+    "shape_text",
+    "size_text",
+]
 
 
 UNKNOWN = "not determined"
 
 
-def layers(layers: Sequence[Layer]) -> str:
+def layer_list(layers: Sequence[Layer]) -> str:
     """Write "LayerNorm (norm1, norm2)" for layers of one class or several."""
     kinds: dict[str, list[str]] = {}
     for layer in layers:
@@ -20,14 +28,15 @@ def layers(layers: Sequence[Layer]) -> str:
     return ", ".join(f"{kind} ({', '.join(names)})" for kind, names in kinds.items())
 
 
-def channels(layer: Layer, name: str | None = None) -> str:
+def layer_channels(layer: Layer, name: str | None = None) -> str:
     """Name a layer with its channels."""
     return f"{layer.name if name is None else name} {layer.inputs} → {layer.outputs}".strip()
 
 
-def short(count: int) -> str:
+def short_count(count: int) -> str:
     """Write a count with three figures: 950, 12.3 k, 5.72 M, 1.14 G."""
     value = float(count)
+    # The bounds are where rounding would give a fourth figure: 999.5 reads 1.00 k, not 1000.
     for unit in ("", " k", " M", " G", " T"):
         if value < 999.5 or unit == " T":
             break
@@ -36,7 +45,7 @@ def short(count: int) -> str:
     return f"{value:.{digits}f}{unit}"
 
 
-def percent(share: float) -> str:
+def percentage(share: float) -> str:
     """Write a share as a percentage."""
     return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
@@ -46,6 +55,6 @@ def shape_text(sizes: Sequence[int]) -> str:
     return f"({', '.join(map(str, sizes))})"
 
 
-def times(sizes: Sequence[int]) -> str:
+def size_text(sizes: Sequence[int]) -> str:
     """Write sizes with × between them."""
     return "×".join(map(str, sizes))

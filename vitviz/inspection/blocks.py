@@ -96,6 +96,7 @@ def _block_attention(
         for run in traced.trace.runs
         if run.path.startswith(f"{home}.") and traced.is_norm(run)
     ]
+    # timm's name for the dropout of the probabilities; it must also fit their shape to be named.
     drop = getattr(traced.modules[home], "attn_drop", None)
     ran = traced.trace.run_of(f"{home}.attn_drop")
     fits = attention.fused or (ran is not None and ran.input_shape == attention.shape)
@@ -118,7 +119,10 @@ def _block_attention(
 
 
 def _feed_forwards(traced: TracedModel, block: ModuleRun) -> tuple[FeedForward, ...]:
-    """Find the modules of a block that hold several layers in a row and no attention."""
+    """Find the modules of a block that hold several layers in a row and no attention.
+
+    A single layer is no MLP: it may be a projection that joins two branches.
+    """
     groups: dict[str, list[Product]] = {}
     for product in traced.trace.products:
         outside = not any(is_within(product.path, home) for home in traced.homes)

@@ -63,6 +63,7 @@ def describe(
 def _input_shape(module: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, int, int]:
     config = getattr(module, "pretrained_cfg", None) or {}
     channels = int((config.get("input_size") or (3,))[0])
+    # A model may be built for another size than its config says (build_skeleton with img_size).
     built = getattr(getattr(module, "patch_embed", None), "img_size", None)
     if isinstance(built, (tuple, list)) and len(built) == 2:
         input_size = input_size or (int(built[0]), int(built[1]))

@@ -86,12 +86,14 @@ def _position_in_attention(
 def _attention_bias(traced: TracedModel, use: ConstantUse, target: str) -> PositionEmbedding:
     """Tell a relative bias, shared by all pairs at one distance, from any other bias."""
     stored = sum(traced.sizes.get(name, 0) for name in use.names)
+    # A table that is looked up by distance holds another number of values than pairs of tokens.
     relative = stored > 0 and stored != math.prod(use.constant_shape)
     kind = "relative bias" if relative else "attention bias" if stored else "attention mask"
     return _position_of(traced, use, kind, f"added to the {target}")
 
 
 def _rotary_place(traced: TracedModel, use: ConstantUse, attention: AttentionUse) -> str:
+    # Whether the class token is rotated shows in the number of tokens that meet the sine.
     queries = attention.shape[-2]
     joined = [other for other in traced.trace.constant_uses if adds_tokens(traced, other)]
     front = sum(other.constant_shape[-2] for other in joined if other.step < traced.blocks_begin)

@@ -92,6 +92,7 @@ def _watch_modules(
     def enter(path: str, part: nn.Module, args: tuple[Any, ...]) -> None:
         run = ModuleRun(path=path, kind=type(part).__name__, enter=clock.tick())
         run.input_shape = _shape_of(args)
+        # The counter takes a multiplication and an addition for two operations.
         run.macs_before = counter.get_total_flops() // 2
         clock.trace.runs.append(run)
         clock.running.append(run)
@@ -102,6 +103,7 @@ def _watch_modules(
         run.output_shape = _shape_of(output)
         run.macs_after = counter.get_total_flops() // 2
 
+    # A module may stand under two names; it runs under the first, as parameters are named.
     for path, part in module.named_modules():
         yield part.register_forward_pre_hook(lambda part, args, path=path: enter(path, part, args))
         yield part.register_forward_hook(lambda part, args, output: leave(output))
@@ -165,6 +167,7 @@ class _TensorTracker(TorchFunctionMode):
             self._see_fused(step, args, kwargs)
         elif name in ("linear", "conv1d", "conv2d", "conv3d"):
             self._see_product(step, name, args, kwargs, output)
+        # A softmax over fewer axes is a classifier's, one over parameters alone mixes no tokens.
         elif name == "softmax" and self._origin(inputs[0]).image and inputs[0].dim() >= 3:
             self._clock.trace.attentions.append(
                 AttentionUse(
@@ -267,6 +270,7 @@ class _TensorTracker(TorchFunctionMode):
         """Give the output the origins of the inputs."""
         origins = [self._origin(tensor) for tensor in inputs]
         image = any(origin.image for origin in origins)
+        # Once the image is in it, a tensor is tokens: which parameters went in does not matter.
         names = frozenset() if image else frozenset().union(*(origin.names for origin in origins))
         sine = name in ("sin", "cos", "polar") or any(origin.sine for origin in origins)
         changed = args[0] if name == "setitem" else output

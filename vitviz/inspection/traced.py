@@ -36,6 +36,7 @@ class TracedModel:
         self.tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.parameters = sum(self.sizes.values())
         self.block_runs = self._find_block_runs()
+        # The module that computes each attention, in the order of the trace.
         self.homes = [self._home(attention) for attention in trace.attentions]
 
     @property
@@ -56,7 +57,7 @@ class TracedModel:
         return None if step is None else self.stage(step)
 
     def stage(self, step: int) -> int:
-        """Return which part a step belongs to."""
+        """Return which part a step belongs to: 0 tokens, 1 blocks, 2 head."""
         return int(step > self.blocks_begin) + int(step > self.blocks_end)
 
     def cost(self, names: Iterable[str], macs: int | None, output_shape: Shape | None) -> Cost:
@@ -77,6 +78,7 @@ class TracedModel:
             self.trace.macs - end.macs_after,
         )
         shapes = (begin.input_shape, end.output_shape, whole.output_shape if whole else None)
+        # By first use, not by name: a head may be called anything, and may be used twice.
         names = [name for name in self.sizes if self.part_of(name) == part]
         return self.cost(names, macs[part], shapes[part])
 
