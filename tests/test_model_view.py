@@ -43,7 +43,7 @@ FACTS = {
         "(patch tokens only) in 12 places, the same in all",
         "layer scale gamma_1, gamma_2",
         "linear none: the output is the pooled features, no classes",
-        "methods for a class not: no classifier",
+        "only rollout and attention supported: no classifier",
     ],
     "vit_srelpos_small_patch16_224": [
         "other tokens none: no class token, no registers",

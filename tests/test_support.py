@@ -31,10 +31,7 @@ def survey(*names: str) -> dict[str, Support]:
 def test_model_without_a_head_supports_rollout_only() -> None:
     headless = support_of(build_skeleton("vit_small_patch14_dinov2"), (518, 518))
     assert (headless.rollout, headless.grad_rollout) == (True, False)
-    assert (
-        "rollout and attention supported, methods for a class not: no classifier"
-        in headless.describe()
-    )
+    assert "only rollout and attention supported: no classifier" in headless.describe()
 
 
 @pytest.mark.parametrize(

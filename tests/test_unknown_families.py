@@ -429,7 +429,7 @@ class OwnHead(Plain):
 
 
 ATTENDS = "attention calls in 3 blocks"
-CHAIN = "do not chain"
+CHAIN = "attention maps cannot be multiplied;"
 MIXES = "mixes tokens by more than attention"
 OUTSIDE = "attention calls outside its blocks|attention calls in 3 blocks"
 READS = "depends on [0-9]+ of 16 tokens"

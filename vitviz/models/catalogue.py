@@ -18,7 +18,7 @@ import vitviz
 from vitviz.errors import UnsupportedModelError
 from vitviz.models.building import build_skeleton
 from vitviz.models.preprocessing import preprocessing_of
-from vitviz.models.tokens import read_layout
+from vitviz.models.tokens import Readout, read_layout
 
 __all__ = ["Support", "find_models", "judge", "main", "support_of", "survey_models"]
 
@@ -51,12 +51,13 @@ class Support:
         if not self.rollout:
             return f"not supported: {self.reason}"
         rows, cols = self.grid or (0, 0)
-        reads = f"reads the {self.readout} (prefix tokens: {self.prefix})"
+        pooled = self.readout == Readout.ATTENTION_POOLING.value
+        what = "its tokens by attention pooling" if pooled else f"the {self.readout}"
+        reads = f"reads {what} (prefix tokens: {self.prefix})"
         maps = f"maps of {rows} × {cols} patches"
         if self.grad_rollout:
             return f"{reads}; {maps}; all methods supported"
-        partly = "rollout and attention supported, methods for a class not"
-        return f"{reads}; {maps}; {partly}: {self.reason}"
+        return f"{reads}; {maps}; only rollout and attention supported: {self.reason}"
 
 
 def support_of(module: nn.Module, input_size: tuple[int, int]) -> Support:
@@ -74,7 +75,7 @@ def support_of(module: nn.Module, input_size: tuple[int, int]) -> Support:
     return Support(
         rollout=True,
         grad_rollout=has_logits,
-        reason=None if has_logits else "no classifier, hence no logit to take the gradient of",
+        reason=None if has_logits else "no classifier, so no logit to explain",
         readout=layout.readout.value,
         prefix=layout.described_prefix(),
         grid=layout.grid,

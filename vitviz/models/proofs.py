@@ -60,26 +60,28 @@ def check_readout(module: nn.Module, layout: TokenLayout, input_size: tuple[int,
         handle.remove()
     if any(tokens is not passed[0] for tokens in passed):
         raise UnsupportedModelError(
-            f"{type(module).__name__} does something to its tokens between its blocks, which "
-            f"attention maps do not show; {INSTEAD}"
+            f"{type(module).__name__} changes its tokens between its blocks, which attention maps "
+            f"do not show; {INSTEAD}"
         )
     if not output.isfinite().all():
         raise UnsupportedModelError(
-            f"{type(module).__name__} gives numbers that are not finite as {output.dtype}, even "
-            "without its blocks: its weights are too large; --precision fp32 has the widest range"
+            f"{type(module).__name__} gives values that are not finite as {output.dtype}, even "
+            "with its blocks skipped: its weights are too large; try --precision fp32"
         )
     reached = gradient[0].abs().amax(dim=-1).cpu() > 0
     if not torch.equal(reached, expected):
         raise UnsupportedModelError(
-            f"{type(module).__name__} should read the {layout.readout.value}, but its output "
-            f"depends on {int(reached.sum())} of {len(reached)} tokens, not on those "
-            f"{int(expected.sum())}: its readout is unknown to vitviz"
+            f"{type(module).__name__} declares that it reads the {layout.readout.value} "
+            f"({int(expected.sum())} of {len(expected)} tokens), but its output depends on "
+            f"{int(reached.sum())} of {len(reached)} tokens: vitviz cannot tell what its head "
+            f"reads; {INSTEAD}"
         )
     tolerance = torch.finfo(output.dtype).eps ** 0.5
     if not bool((output[0] - output[1]).abs().max() <= tolerance * output.abs().max()):
         raise UnsupportedModelError(
-            f"{type(module).__name__} should read the {layout.readout.value}, but its output "
-            "changes with the order of its tokens: its readout is unknown to vitviz"
+            f"{type(module).__name__} declares that it reads the {layout.readout.value}, but its "
+            "output changes with the order of its tokens: vitviz cannot tell what its head reads; "
+            f"{INSTEAD}"
         )
 
 
@@ -133,12 +135,12 @@ def check_mixing(module: nn.Module, input_size: tuple[int, int]) -> None:
     if any(tokens.shape != entered.shape for tokens in changed):
         raise UnsupportedModelError(
             f"{type(module).__name__} changes its number of tokens from {len(entered)} to "
-            f"{len(changed[-1])}, so its maps do not chain; {INSTEAD}"
+            f"{len(changed[-1])}, so its attention maps cannot be multiplied; {INSTEAD}"
         )
     if any(bool((tokens & ~entered).any()) for tokens in changed):
         raise UnsupportedModelError(
-            f"{type(module).__name__} mixes tokens by more than attention inside its blocks, which "
-            f"attention maps do not show; {INSTEAD}"
+            f"{type(module).__name__} mixes tokens by more than attention inside its blocks, and "
+            f"attention maps do not show the rest; {INSTEAD}"
         )
 
 

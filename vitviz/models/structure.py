@@ -44,7 +44,7 @@ def on_meta(module: nn.Module, shape: Shape) -> tuple[dict[str, Tensor], Tensor]
     return state, torch.empty(1, *shape, device="meta", dtype=dtype)
 
 
-INSTEAD = "use a plain ViT (deit_small, say)"
+INSTEAD = "try a plain ViT such as deit_small"
 
 
 def patch_grid(module: nn.Module, input_size: tuple[int, int], patches: int) -> tuple[int, int]:
@@ -66,7 +66,7 @@ def patch_grid(module: nn.Module, input_size: tuple[int, int], patches: int) -> 
             return int(grid[0]), int(grid[1])
     raise UnsupportedModelError(
         f"{type(module).__name__} makes {patches} patch tokens of a "
-        f"{input_size[0]}×{input_size[1]} image, and no grid that it names has that many"
+        f"{input_size[0]}×{input_size[1]} image, and no grid that it declares has that many"
     )
 
 
@@ -79,7 +79,7 @@ def _expect_inside(
         whole = tuple(side // each * each for side, each in zip(size, patch, strict=True))
         raise UnsupportedModelError(
             f"{type(module).__name__} pads {size[0]}×{size[1]} images to {needed[0]}×{needed[1]}, "
-            f"so that patches lie beyond the image; build it for {whole[0]}×{whole[1]}, say"
+            f"so some patches lie outside the image; try building it for {whole[0]}×{whole[1]}"
         )
 
 

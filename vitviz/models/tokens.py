@@ -153,7 +153,7 @@ def survey(module: nn.Module, input_size: tuple[int, int]) -> list[AttentionCall
             torch.func.functional_call(module, state, (image,))
         except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
             raise UnsupportedModelError(
-                f"{type(module).__name__} cannot be run on a {input_size[0]}×{input_size[1]} image "
+                f"{type(module).__name__} does not run on a {input_size[0]}×{input_size[1]} image "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from error
     return calls
@@ -173,7 +173,7 @@ def read_layout(module: nn.Module, input_size: tuple[int, int]) -> TokenLayout:
     if not blocks:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no single sequence of transformer blocks, so its "
-            f"attention does not chain into a rollout; {INSTEAD}"
+            f"attention maps cannot be multiplied into a rollout; {INSTEAD}"
         )
     calls = survey(module, input_size)
     tokens = _constant_tokens(module, calls, blocks)
@@ -232,15 +232,15 @@ def _constant_tokens(module: nn.Module, calls: list[AttentionCall], blocks: int)
     inside = [call for call in calls if call.block is not None]
     if [call.block for call in calls[:blocks]] != list(range(blocks)) or len(inside) != blocks:
         raise UnsupportedModelError(
-            f"{name} makes {len(inside)} visible attention calls in {blocks} blocks, and rollout "
-            f"needs exactly one in each; {INSTEAD}"
+            f"{name} makes {len(inside)} visible attention calls in {blocks} blocks, but rollout "
+            f"needs exactly one per block; {INSTEAD}"
         )
     sizes = {size for call in inside for size in (call.tokens, *call.shape[-2:])}
     if len(sizes) != 1 or any(len(call.shape) != 4 or call.shape[0] != 1 for call in inside):
         seen = ", ".join(str(size) for size in sorted(size for size in sizes if size))
         raise UnsupportedModelError(
-            f"{name} attends within windows, between channels, or changes its number of tokens "
-            f"({seen} seen), so its maps do not chain; {INSTEAD}"
+            f"{name} attends within windows or across channels, or changes its number of tokens "
+            f"({seen} seen), so its attention maps cannot be multiplied; {INSTEAD}"
         )
     (tokens,) = sizes
     assert tokens is not None
@@ -297,6 +297,6 @@ def _readout(module: nn.Module, prefix: int, class_tokens: int) -> Readout:
         return Readout.TOKEN_AVERAGE if everything else Readout.PATCH_AVERAGE
     how = f"{pooling or 'nothing'!r}" + (" after merging them" if merged else "")
     raise UnsupportedModelError(
-        f"{type(module).__name__} pools its tokens by {how}, which gives no weights to read the "
-        "rollout with; expected a class token, an average or attention pooling"
+        f"{type(module).__name__} pools its tokens by {how}, which gives each token no fixed "
+        "weight in the output; expected a class token, an average or attention pooling"
     )
