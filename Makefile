@@ -66,7 +66,7 @@ census: setup  ## judge every model of timm anew, for `vitviz models`
 	$(BIN)/python -m vitviz.models.catalogue
 
 figures: setup  ## measure the bundled model on 500 scenes that it has never seen
-	$(BIN)/python -m vitviz.demo.evaluate
+	$(BIN)/python -m tests.demo_model.evaluate
 
 format: setup  ## format the code
 	$(BIN)/ruff format .

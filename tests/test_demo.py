@@ -17,9 +17,9 @@ from PIL import Image
 
 import vitviz
 import vitviz.methods.forward
-from vitviz.demo import CLASSES, evaluate
-from vitviz.demo.evaluate import FIRST_SEED, Figures, measure
-from vitviz.demo.scenes import Scene, paint_scene
+from tests.demo_model import CLASSES, evaluate
+from tests.demo_model.evaluate import FIRST_SEED, Figures, measure
+from tests.demo_model.scenes import Scene, paint_scene
 from vitviz.evaluation.metrics import average_precision, specificity
 from vitviz.evaluation.perturbation import upsample
 from vitviz.explaining.explanation import Explanation

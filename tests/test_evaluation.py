@@ -30,8 +30,8 @@ from fixtures_io import (
     tiny_model,
     tiny_module,
 )
+from tests.demo_model import CLASSES as DEMO_CLASSES
 from vitviz.cli import reporter as reporting
-from vitviz.demo import CLASSES as DEMO_CLASSES
 from vitviz.errors import LabelError, OptionError, OutputError, UnsupportedModelError
 from vitviz.evaluation import chart
 from vitviz.evaluation import measuring as examination

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitviz.demo.muon import Muon
+from tests.demo_model.muon import Muon
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ FLOORS = (
 ROOMS = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
-    if path != PACKAGE / "__init__.py" and "demo" not in path.parts
+    if path != PACKAGE / "__init__.py"
 )
 TORCHLESS = (
     *("errors", "options", "models.labels", "images.sources", "images.samples"),

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from fixtures_io import ROOT
-from vitviz.demo import CLASSES, samples
-from vitviz.demo.scenes import paint_scene
+from tests.demo_model import CLASSES, samples
+from tests.demo_model.scenes import paint_scene
 
 SHIPPED = ROOT / "sample_images"
 

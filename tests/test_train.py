@@ -19,11 +19,14 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from vitviz.demo import CLASSES
-from vitviz.demo import train as room
-from vitviz.demo.scenes import HELD_OUT, Scene, SceneStyle, as_input, paint_scene
-from vitviz.demo.train import CURRICULUM, Round, train
+import vitviz
+from tests.demo_model import CLASSES
+from tests.demo_model import train as room
+from tests.demo_model.scenes import HELD_OUT, Scene, SceneStyle, as_input, paint_scene
+from tests.demo_model.train import CURRICULUM, Round, train
 from vitviz.models.model import load_model
+
+BUNDLED = Path(vitviz.__file__).parent / "demo"
 
 # What has hardly learned yet may look nowhere.
 pytestmark = pytest.mark.filterwarnings("ignore:no heat at all")
@@ -172,7 +175,7 @@ def test_mirrored_image_keeps_labels_on_their_patches() -> None:
 
 
 def test_curriculum_ends_at_the_bundled_models_size_with_a_rate_of_zero() -> None:
-    config = json.loads((Path(room.__file__).parent / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
     assert CURRICULUM[-1].size == config["model_args"]["img_size"]
     assert CURRICULUM[-1].rates[1] == 0
     assert sum(stage.steps for stage in CURRICULUM) == 2_998  # as the README says

@@ -1,7 +1,7 @@
 """The sample scenes that come with the project, painted again from their seeds.
 
-Run it with `python -m vitviz.demo.samples sample_images`. The masks go into a hidden folder, which
-a run over the samples passes over.
+Run it with `python -m tests.demo_model.samples sample_images`. The masks go into a hidden folder,
+which a run over the samples passes over.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitviz.demo import CLASSES
-from vitviz.demo.scenes import Scene, paint_scene
+from tests.demo_model import CLASSES
+from tests.demo_model.scenes import Scene, paint_scene
 
 __all__ = ["SEEDS", "write_samples"]
 

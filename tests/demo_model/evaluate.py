@@ -1,6 +1,7 @@
 """The demo model's figures on scenes that training never saw; changes nothing.
 
-Run it with ``python -m vitviz.demo.evaluate``. The maps are the ones that vitviz gives anybody.
+Run it with ``python -m tests.demo_model.evaluate``. The maps are the ones that vitviz gives
+anybody.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from tests.demo_model import CLASSES
+from tests.demo_model.scenes import Scene, paint_scene
 from vitviz.api import grad_rollout, rollout
-from vitviz.demo import CLASSES
-from vitviz.demo.scenes import Scene, paint_scene
 from vitviz.explaining.explanation import Explanation
 from vitviz.models.model import Model, load_model
 

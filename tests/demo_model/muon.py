@@ -6,6 +6,9 @@ transformer trained from nothing leaves its first plateau several times sooner t
 PyTorch's own version works in bfloat16, one matrix at a time, which is slow on a processor.
 """
 
+# Not torch.optim.Muon: it came with torch 2.9, older ones are supported, and trained with it the
+# bundled model would have other weights than it has.
+
 from collections.abc import Iterable
 
 import torch

@@ -1,6 +1,6 @@
 """Training of the demo model, from nothing to the weights file, on two cores in half an hour.
 
-Run it with `python -m vitviz.demo.train --output FILE --seed N`. On one machine the same seed
+Run it with `python -m tests.demo_model.train --output FILE --seed N`. On one machine the same seed
 gives the same file.
 """
 
@@ -28,15 +28,16 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vitviz.demo import CLASSES
-from vitviz.demo.evaluate import measure
-from vitviz.demo.muon import Muon
-from vitviz.demo.scenes import SceneStyle, as_input, paint_scene
+import vitviz
+from tests.demo_model import CLASSES
+from tests.demo_model.evaluate import measure
+from tests.demo_model.muon import Muon
+from tests.demo_model.scenes import SceneStyle, as_input, paint_scene
 from vitviz.models.model import load_model
 
 __all__ = ["CURRICULUM", "Round", "train"]
 
-_HOME = Path(__file__).parent
+_HOME = Path(vitviz.__file__).parent / "demo"
 _BATCH = 32
 _PEAK_RATES = (4e-3, 1e-3)  # of Muon and of AdamW
 _WARMUP = 150  # steps
