@@ -134,17 +134,43 @@ def load_model(
     if isinstance(model, nn.Module):
         if weights is not None or img_size is not None or Fit(fit) is Fit.NATIVE:
             raise OptionError("a model object is taken as it is: weights, size and fit are its own")
-        built = LoadedModule(module=model, name=_own_name(model), weights="given")
-        module = model if device == "auto" else model.to(select_device(device))
-        layout = read_layout(module, preprocessing_of(module).size)
+        built, layout = _taken(model, device)
     else:
         target = select_device(device)
         built, layout = _build(model, Path(weights) if weights else None, Fit(fit), img_size)
-        module = built.module.to(target).eval()
+        built.module.to(target).eval()
     if precision is not None:
-        module = module.to(_DTYPES[Precision(precision)])
+        built.module.to(_DTYPES[Precision(precision)])
+    return _proved(built, layout, preprocessing_of(built.module, img_size), labels)
+
+
+def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
+    """Take a model object as it is, moved in place."""
+    if device != "auto":
+        module.to(select_device(device))
+    built = LoadedModule(module=module, name=_own_name(module), weights="given")
+    return built, read_layout(module, preprocessing_of(module).size)
+
+
+def _build(
+    model: str, weights: Path | None, fit: Fit, img_size: tuple[int, int] | None
+) -> tuple[LoadedModule, TokenLayout]:
+    name = resolve_name(model)
+    skeleton = build_skeleton(name, img_size, native=fit is Fit.NATIVE)
+    # What cannot work is refused before anything is downloaded.
+    layout = read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
+    return build_model(name, skeleton, weights, img_size, native=fit is Fit.NATIVE), layout
+
+
+def _proved(
+    built: LoadedModule,
+    layout: TokenLayout,
+    preprocessing: Preprocessing,
+    labels: str | Path | None,
+) -> Model:
+    """Make sure that a model with its weights is what its attributes say, and name its classes."""
+    module = built.module
     require_finite(module, f"weights of {built.name} ({built.weights})")
-    preprocessing = preprocessing_of(module, img_size)
     check_mixing(module, preprocessing.size)
     check_readout(module, layout, preprocessing.size)
     num_classes = int(getattr(module, "num_classes", 0) or 0)
@@ -163,16 +189,6 @@ def load_model(
         multi_label=built.multi_label,
         notes=tuple(notes),
     )
-
-
-def _build(
-    model: str, weights: Path | None, fit: Fit, img_size: tuple[int, int] | None
-) -> tuple[LoadedModule, TokenLayout]:
-    name = resolve_name(model)
-    skeleton = build_skeleton(name, img_size, native=fit is Fit.NATIVE)
-    # What cannot work is refused before anything is downloaded.
-    layout = read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
-    return build_model(name, skeleton, weights, img_size, native=fit is Fit.NATIVE), layout
 
 
 def _own_name(module: nn.Module) -> str:
