@@ -24,7 +24,7 @@ ROOMS = sorted(
     if path != PACKAGE / "__init__.py"
 )
 TORCHLESS = (
-    *("errors", "options", "models.labels", "images.sources", "images.samples"),
+    *("errors", "options", "models.census", "models.labels", "images.sources", "images.samples"),
     *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.files"),
     *("methods.table", "runs.job", "evaluation.options", "cli.options", "cli.running"),
     *("evaluation.metrics", "evaluation.annotations", "evaluation.chart", "cli.app"),

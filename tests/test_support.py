@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import timm
 from vitviz.models import catalogue as support
 from vitviz.models.building import build_skeleton
 from vitviz.models.catalogue import Support, judge, support_of, survey_models
+from vitviz.models.census import known_models
 
 NAME = "test_vit"
 
@@ -82,8 +86,26 @@ def test_census_writes_what_a_survey_reads(
     monkeypatch.setattr(support, "__file__", str(tmp_path / "support.py"))
     monkeypatch.setattr(support, "find_models", lambda: names)
     support.main()
-    census = json.loads((tmp_path / "census.json").read_text())
+    packed = (tmp_path / "census.json.gz").read_bytes()
+    support.main()
+    assert (tmp_path / "census.json.gz").read_bytes() == packed
+    census = json.loads(gzip.decompress(packed))
     assert census["timm"] == timm.__version__
     for name in names:
         told = {key: value for key, value in asdict(judge(name)).items() if value is not None}
         assert census["models"][name] == json.loads(json.dumps(told))
+
+
+def test_shipped_answers_are_known_without_torch() -> None:
+    code = (
+        "import json, sys; from vitviz.models.census import known_models; "
+        "print(json.dumps([known_models(), sorted({'torch', 'timm'} & set(sys.modules))]))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    answers, heavy = json.loads(said)
+    assert not heavy
+    assert answers == known_models(timm.__version__)
+
+
+def test_shipped_answers_for_another_timm_are_not_taken() -> None:
+    assert known_models("9.9") == {}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,11 @@ from torch import nn
 import vitviz
 from vitviz.errors import UnsupportedModelError
 from vitviz.models.building import build_skeleton
+from vitviz.models.census import known_models, read_answers, write_census, written_answers
 from vitviz.models.preprocessing import preprocessing_of
 from vitviz.models.tokens import Readout, read_layout
 
 __all__ = ["Support", "find_models", "judge", "main", "support_of", "survey_models"]
-
-
-_CENSUS = "census.json"  # shipped: the answers for one version of timm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +99,7 @@ def survey_models(names: list[str]) -> Iterator[tuple[str, Support]]:
     Args:
         names: From ``find_models``.
     """
-    known = _read(resources.files("vitviz.models").joinpath(_CENSUS).read_text(encoding="utf-8"))
+    known = _supports(known_models(timm.__version__))
     cache = _cache_file()
     if cache.is_file():
         known |= _read(cache.read_text(encoding="utf-8"))
@@ -119,19 +115,20 @@ def survey_models(names: list[str]) -> Iterator[tuple[str, Support]]:
 
 
 def _read(text: str) -> dict[str, Support]:
-    """Read answers, if they are for the timm at hand."""
+    """Read answers, if they are for the timm at hand and whole."""
+    return _supports(read_answers(text, timm.__version__))
+
+
+def _supports(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Support]:
     try:
-        content = json.loads(text)
-        if content["timm"] != timm.__version__:
-            return {}
-        return {name: _support(fields) for name, fields in content["models"].items()}
-    except (ValueError, KeyError, TypeError):  # damaged: learn them again
+        return {name: _support(fields) for name, fields in answers.items()}
+    except TypeError:  # damaged: learn them again
         return {}
 
 
-def _support(fields: dict[str, Any]) -> Support:
-    grid = fields.pop("grid", None)
-    return Support(**fields, grid=tuple(grid) if grid else None)
+def _support(fields: Mapping[str, Any]) -> Support:
+    grid = fields.get("grid")
+    return Support(**{**fields, "grid": tuple(grid) if grid else None})
 
 
 def _remember(cache: Path, learned: dict[str, Support]) -> None:
@@ -143,12 +140,12 @@ def _remember(cache: Path, learned: dict[str, Support]) -> None:
         pass  # a cache that cannot be written costs time, no more
 
 
-def _written(answers: dict[str, Support]) -> str:
-    models = {
+def _written(answers: Mapping[str, Support]) -> str:
+    fields = {
         name: {key: value for key, value in asdict(support).items() if value is not None}
-        for name, support in sorted(answers.items())
+        for name, support in answers.items()
     }
-    return json.dumps({"timm": timm.__version__, "models": models}, indent=0) + "\n"
+    return written_answers(fields, timm.__version__)
 
 
 def _cache_file() -> Path:
@@ -159,8 +156,7 @@ def _cache_file() -> Path:
 def main() -> None:
     """Judge every model that timm has, and write the answers that are shipped."""
     answers = {name: judge(name) for name in find_models()}
-    target = Path(__file__).with_name(_CENSUS)
-    target.write_text(_written(answers), encoding="utf-8")
+    write_census(_written(answers), Path(__file__).parent)
 
 
 if __name__ == "__main__":
