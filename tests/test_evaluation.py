@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context, rcParams
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.pyplot import get_fignums
 from PIL import Image
 from torch import Tensor
 
@@ -33,15 +39,18 @@ from fixtures_io import (
 from tests.demo_model import CLASSES as DEMO_CLASSES
 from vitviz.cli import reporter as reporting
 from vitviz.errors import LabelError, OptionError, OutputError, UnsupportedModelError
-from vitviz.evaluation import chart
 from vitviz.evaluation import measuring as examination
+from vitviz.evaluation import plot
+from vitviz.evaluation.files import draw_curves
 from vitviz.evaluation.options import EvaluationOptions
+from vitviz.evaluation.perturbation import PERTURBATIONS
 from vitviz.evaluation.summary import CSV_HEADER, METRICS, Evaluation
 from vitviz.explaining import samples as explaining
 from vitviz.explaining.batch import BatchMaps, explain_batch
 from vitviz.images.sources import Source
 from vitviz.methods.table import named_method, variants
 from vitviz.models.model import Model, load_model
+from vitviz.options import Convention
 from vitviz.runs.files import read_provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -668,9 +677,128 @@ def test_files_are_saved_though_nothing_can_be_told(
     assert Path("c.png").exists()
 
 
+# The plot
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, found: Evaluation) -> Figure:
+    """Return the figure behind an evaluation's plot."""
+    figures: list[Figure] = []
+
+    def kept(*words: Any) -> Figure:
+        figures.append(draw_figure(*words))
+        return figures[-1]
+
+    draw_figure = plot.draw_figure
+    monkeypatch.setattr(plot, "draw_figure", kept)
+    draw_curves(found)
+    (figure,) = figures
+    return figure
+
+
+@pytest.mark.parametrize("convention", ["vitviz", "chefer2021"])
+def test_plot_shows_the_curves_of_each_method_and_their_numbers(
+    monkeypatch: pytest.MonkeyPatch, convention: str
+) -> None:
+    found = vitviz.evaluate(
+        tiny_model(), pictures(2), methods=["rollout", "grad-rollout"], convention=convention
+    )
+    figure = drawn(monkeypatch, found)
+    deletion, insertion, legend = figure.axes
+    assert figure.get_suptitle() == f"{found.settings['model']}, 2 images"
+    assert deletion.get_title(loc="left") == "Deletion: lower is better"
+    assert insertion.get_title(loc="left") == "Insertion: higher is better"
+    unit = {"vitviz": "patches", "chefer2021": "pixels"}[convention]
+    assert deletion.get_xlabel() == f"% of {unit} removed, most relevant first"
+    assert insertion.get_xlabel() == f"% of {unit} shown, most relevant first"
+    assert deletion.get_ylim() == insertion.get_ylim()
+    removed = 100 * np.array(PERTURBATIONS[Convention(convention)].shares)
+    names = [method.name for method in found.methods]
+    for axes, x in ((deletion, removed), (insertion, 100 - removed[::-1])):
+        assert [text.get_text() for text in axes.texts] == [
+            "softmax probability of the class explained"
+        ]
+        assert [line.get_label() for line in axes.lines] == names
+        for line, method in zip(axes.lines, found.methods, strict=True):
+            y = method.probability[0] if axes is deletion else method.probability[1][::-1]
+            np.testing.assert_allclose(line.get_xdata(), x)
+            np.testing.assert_allclose(line.get_ydata(), y)
+            assert max(y) <= axes.get_ylim()[1]
+    told = [text.get_text() for text in legend.texts]
+    assert told[:2] == ["deletion", "insertion"]
+    rows = [told[start : start + 3] for start in range(2, len(told), 3)]
+    for row, method in zip(rows, found.methods, strict=True):
+        means = [method.summaries[name].interval.mean for name in ("deletion", "insertion")]
+        assert row == [method.name, *(f"{each:.3f}" for each in means)]
+
+
+def test_baselines_are_dashed_and_grey_and_methods_are_neither(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = vitviz.evaluate(tiny_model(), pictures(1), methods=["rollout", "grad-rollout"])
+    figure = drawn(monkeypatch, found)
+    for axes in figure.axes:  # the legend's, too
+        colors = []
+        for line, method in zip(axes.lines, found.methods, strict=True):
+            red, green, blue = to_rgb(line.get_color())
+            assert (line.get_linestyle() == "--") is method.is_baseline
+            assert (max(red, green, blue) - min(red, green, blue) < 0.1) is method.is_baseline
+            colors.append(line.get_color())
+        assert len(set(colors)) == len(colors)
+        assert colors == [line.get_color() for line in figure.axes[0].lines]
+        methods = [
+            color for color, each in zip(colors, found.methods, strict=True) if not each.is_baseline
+        ]
+        assert methods == ["#d55e00", "#0072b2"]  # Okabe and Ito's
+
+
+def test_plot_is_the_same_to_the_pixel_whatever_the_style_of_others() -> None:
+    found = vitviz.evaluate(tiny_model(), pictures(1), methods=["rollout"])
+    pixels = draw_curves(found)
+    with rc_context({"font.size": 20, "axes.facecolor": "black", "savefig.dpi": 30}):
+        before = dict(rcParams)
+        assert np.array_equal(draw_curves(found), pixels)
+        assert dict(rcParams) == before
+    assert not get_fignums()
+
+
+def test_name_of_a_model_is_no_formula_and_may_have_letters_that_no_font_has() -> None:
+    x = np.linspace(0, 1, 3)
+    panels = [plot.Panel(heading="", label="", column="", x=x, curves=[x]) for _ in range(2)]
+    entries = [plot.Entry(name="rollout", numbers=("0.1", "0.2"))]
+    assert plot.draw_pixels("a$_{b$ 模型, 1 images", "", panels, entries).shape[2] == 3
+
+
+def test_legend_of_many_methods_has_room_for_each() -> None:
+    x = np.linspace(0, 1, 3)
+    panels = [plot.Panel(heading="", label="", column="", x=x, curves=[x] * 40) for _ in range(2)]
+    entries = [plot.Entry(name=f"m{number}", numbers=("0.1", "0.2")) for number in range(40)]
+    figure = plot.draw_figure("", "", panels, entries)
+    figure.draw_without_rendering()
+    *_, legend = figure.axes
+    names = [text.get_window_extent() for text in legend.texts if text.get_text().startswith("m")]
+    assert len(names) == 40
+    assert not any(upper.overlaps(lower) for upper, lower in pairwise(names))
+
+
 def test_many_methods_have_a_colour_each() -> None:
-    entries = [chart.Entry(name=str(number), numbers=()) for number in range(16)]
-    assert len(set(chart._colors(entries))) == 16
+    assert len(set(plot._colors([False] * 16))) == 16
+
+
+def test_plot_without_matplotlib_is_refused_before_any_work(
+    shell: Shell, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(Path("p"), ["a.png"])
+    known = importlib.util.find_spec
+
+    def find_spec(name: str, *others: Any) -> Any:
+        return None if name == "matplotlib" else known(name, *others)
+
+    monkeypatch.setattr("vitviz.evaluation.files.find_spec", find_spec)
+    monkeypatch.setattr("vitviz.models.model.load_model", None)
+    done = shell("evaluate", "p", "--plot", "c.png", *tiny)
+    assert (done.code, done.out) == (2, b"")
+    assert "pip install 'vitviz[plot]'" in done.err
+    assert not Path("c.png").exists()
 
 
 def test_what_was_measured_before_an_interruption_is_told(

@@ -27,7 +27,7 @@ TORCHLESS = (
     *("errors", "options", "models.census", "models.labels", "images.sources", "images.samples"),
     *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.files"),
     *("methods.table", "runs.job", "evaluation.options", "cli.options", "cli.running"),
-    *("evaluation.metrics", "evaluation.annotations", "evaluation.chart", "cli.app"),
+    *("evaluation.metrics", "evaluation.annotations", "evaluation.plot", "cli.app"),
 )
 LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FUNCTION = 400, 50, 10
 

@@ -72,6 +72,10 @@ def explain_images(run: RunOptions, method: Method) -> None:
 
 def evaluate_images(run: EvaluationRun) -> NoReturn:
     """Do what ``evaluate`` asks for."""
+    if run.plot is not None:
+        from vitviz.evaluation.files import require_matplotlib
+
+        require_matplotlib()
     options = _evaluation_options(run)
     found = _find(run)
     reporter, model = _load(run, found)

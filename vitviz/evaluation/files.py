@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from vitviz.errors import OptionError
-from vitviz.evaluation.chart import Entry, Panel, draw_chart
 from vitviz.evaluation.perturbation import PERTURBATIONS
-from vitviz.evaluation.summary import CSV_HEADER, Evaluation, MethodSummary
+from vitviz.evaluation.summary import CSV_HEADER, Evaluation
 from vitviz.images.sources import identity
 from vitviz.runs.files import Provenance, encode_picture, read_provenance, require_own, write_own
 
-__all__ = ["draw_curves", "require_places", "save"]
+__all__ = ["draw_curves", "require_matplotlib", "require_places", "save"]
 
 
 _COMMAND = "evaluate"
+_PLOTTED = ("deletion", "insertion")
+
+
+def require_matplotlib() -> None:
+    """Make sure, before the work, that there is something to draw a plot with.
+
+    Raises:
+        OptionError: There is not.
+    """
+    if find_spec("matplotlib") is None:
+        raise OptionError(
+            "--plot needs matplotlib, which is not installed; try pip install 'vitviz[plot]'"
+        )
 
 
 def require_places(table: Path | None, plot: Path | None) -> None:
@@ -58,33 +71,44 @@ def save(evaluation: Evaluation, table: Path | None, plot: Path | None) -> None:
 
 
 def draw_curves(evaluation: Evaluation) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Draw deletion and insertion of all methods: (height, width, 3) RGB."""
+    """Draw deletion and insertion of all methods: (height, width, 3) RGB.
+
+    Raises:
+        OptionError: matplotlib, which draws them, is not installed.
+    """
+    require_matplotlib()
+    from vitviz.evaluation.plot import Entry, Panel, draw_pixels
+
     perturbation = PERTURBATIONS[evaluation.convention]
     removed = np.array(perturbation.shares)
     methods = [each for each in evaluation.methods if each.probability.size]
-    remark = f"{evaluation.settings['score_kind']} probability of the class explained"
-    panels = (
-        Panel(
-            heading="Deletion: lower is better",
-            remark=remark,
-            label=f"% of {perturbation.unit} removed, most relevant first",
-            curves=[(removed, each.probability[0]) for each in methods],
-        ),
-        Panel(
-            heading="Insertion: higher is better",
-            remark=remark,
-            label=f"% of {perturbation.unit} shown, most relevant first",
-            curves=[(1 - removed[::-1], each.probability[1][::-1]) for each in methods],
-        ),
+    deletion = Panel(
+        heading="Deletion: lower is better",
+        label=f"% of {perturbation.unit} removed, most relevant first",
+        column="deletion",
+        x=removed,
+        curves=[each.probability[0] for each in methods],
     )
-    title = f"{evaluation.settings['model']}, {evaluation.images} images"
-    return draw_chart(title, ("deletion", "insertion"), list(map(_entry, methods)), panels)
-
-
-def _entry(method: MethodSummary) -> Entry:
-    means = [method.summaries[name].interval.mean for name in ("deletion", "insertion")]
-    numbers = tuple(f"{mean:.3f}" for mean in means)
-    return Entry(name=method.name, numbers=numbers, muted=method.is_baseline)
+    insertion = Panel(
+        heading="Insertion: higher is better",
+        label=f"% of {perturbation.unit} shown, most relevant first",
+        column="insertion",
+        x=1 - removed[::-1],
+        curves=[each.probability[1][::-1] for each in methods],
+    )
+    return draw_pixels(
+        f"{evaluation.settings['model']}, {evaluation.images} images",
+        f"{evaluation.settings['score_kind']} probability of the class explained",
+        (deletion, insertion),
+        [
+            Entry(
+                name=each.name,
+                numbers=tuple(f"{each.summaries[name].interval.mean:.3f}" for name in _PLOTTED),
+                muted=each.is_baseline,
+            )
+            for each in methods
+        ],
+    )
 
 
 def _is_table(path: Path) -> bool:
