@@ -36,7 +36,7 @@ from vitviz.explaining import samples as explaining
 from vitviz.models import model as models
 from vitviz.models.devices import describe_device
 from vitviz.options import OutputKind
-from vitviz.runs.files import Provenance, read_provenance
+from vitviz.runs.provenance import Provenance, read_provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -455,7 +455,7 @@ def test_damaged_output_is_not_skipped_and_stays(shell: Shell, tiny: list[str]) 
     Path("vitviz-out/a.png.rollout.png").write_bytes(b"something else")
     done = shell("rollout", "a.png", "--skip-existing", *tiny)
     assert done.code == 1
-    assert "in the way" in done.err
+    assert "already exists" in done.err
     assert Path("vitviz-out/a.png.rollout.png").read_bytes() == b"something else"
 
 
@@ -478,7 +478,7 @@ def test_map_of_another_source_is_not_replaced(shell: Shell, tiny: list[str]) ->
     before = Path("../out/a.png.rollout.png").read_bytes()
     done = shell("rollout", "a.png", "-o", "../out", *tiny)
     assert done.code == 1
-    assert "in the way" in done.err
+    assert "already exists" in done.err
     assert Path("../out/a.png.rollout.png").read_bytes() == before
 
 

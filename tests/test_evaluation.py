@@ -51,7 +51,7 @@ from vitviz.images.sources import Source
 from vitviz.methods.table import named_method, variants
 from vitviz.models.model import Model, load_model
 from vitviz.options import Convention
-from vitviz.runs.files import read_provenance
+from vitviz.runs.provenance import read_provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -462,7 +462,7 @@ def test_file_of_others_is_never_overwritten(shell: Shell, tiny: list[str], opti
     done = shell("evaluate", "p", option, "mine.png", *tiny)
     assert done.code == 2
     assert done.out == b""
-    assert "mine.png is in the way" in done.err
+    assert "mine.png already exists" in done.err
     assert mine.read_text(encoding="utf-8") == "source,notes\na,b\n"
 
 

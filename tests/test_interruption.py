@@ -22,7 +22,7 @@ from PIL import Image
 
 from fixtures_io import ROOT, Run, picture, save_pictures
 from fixtures_processes import Nursery
-from vitviz.runs.files import is_whole, read_provenance
+from vitviz.runs.provenance import is_whole, read_provenance
 
 COUNT = 40
 DEMO = ["-m", "demo", "--device", "cpu", "--batch-size", "4"]
@@ -110,13 +110,12 @@ def numbers(output: dict[str, Any]) -> list[float]:
 # Killed
 
 SLOW_DISK = (
-    "import pathlib, time\n"
-    "def write_bytes(path, content):\n"
-    "    with path.open('wb', buffering=0) as file:\n"
-    "        for start in range(0, len(content), 8192):\n"
-    "            file.write(content[start : start + 8192])\n"
-    "            time.sleep(0.002)\n"
-    "pathlib.Path.write_bytes = write_bytes\n"
+    "import time, vitviz.runs.writing as w\n"
+    "def fill(file, content):\n"
+    "    for start in range(0, len(content), 8192):\n"
+    "        file.write(content[start : start + 8192])\n"
+    "        time.sleep(0.002)\n"
+    "w._fill = fill\n"
 )
 
 
@@ -496,7 +495,7 @@ def test_two_runs_for_the_same_names_tell_which_files_are_theirs(
                 assert made.recipe["source_sha256"] == hashlib.sha256(content).hexdigest()
                 claimed.append(Path(output["path"]))
             if record["status"] == "failed":
-                assert "is in the way and was made from" in record["error"]
+                assert "already exists and was made from" in record["error"]
     assert sorted(claimed) == sorted(files)
     assert len(files) == 20
     assert temporaries(tmp_path / "out") == []

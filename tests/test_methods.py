@@ -22,8 +22,8 @@ from vitviz.methods.forward import ForwardPass, Target
 from vitviz.methods.method import Method, TokenMap, option
 from vitviz.methods.rollout import Rollout
 from vitviz.methods.table import METHODS, named_method, variants
-from vitviz.runs.files import read_provenance
 from vitviz.runs.job import Job
+from vitviz.runs.provenance import read_provenance
 from vitviz.runs.records import Writer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

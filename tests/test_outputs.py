@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
-import platform
+import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fixtures_io import picture
+from fixtures_io import ROOT, picture
 from vitviz.errors import OutputError
 from vitviz.explaining.explanation import Explanation, Prediction
 from vitviz.images.fitting import InputTransform
@@ -30,16 +33,10 @@ from vitviz.images.sources import Source
 from vitviz.methods.method import Method
 from vitviz.methods.rollout import Rollout
 from vitviz.options import Fit, OutputKind
-from vitviz.runs import files as outputs
-from vitviz.runs.files import (
-    Provenance,
-    encode,
-    output_path,
-    prepare_folder,
-    read_provenance,
-    sweep,
-    write_whole,
-)
+from vitviz.runs import writing
+from vitviz.runs.names import output_path
+from vitviz.runs.provenance import Provenance, encode, read_provenance
+from vitviz.runs.writing import prepare_folder, sweep, write_whole
 
 OUT = Path("vitviz-out")
 MINE = Provenance(
@@ -139,6 +136,11 @@ def test_shortened_names_stay_apart() -> None:
         for kind in OutputKind
     }
     assert len(names) == 2 * 3 * 4
+
+
+def test_all_kinds_have_different_paths() -> None:
+    paths = {path_of("a.jpg", "rollout", None, kind) for kind in OutputKind}
+    assert len(paths) == len(OutputKind)
 
 
 def test_shortened_name_can_be_written(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ FOREIGN += [("a.npy", name, content) for name, content in FOREIGN_NPY.items()]
 def test_foreign_file_in_the_way_stays(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(OutputError, match="in the way"):
+    with pytest.raises(OutputError, match="already exists"):
         write_whole(path, b"new", MINE)
     assert path.read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -260,19 +262,19 @@ def test_giant_foreign_picture_in_the_way_stays(
     path = tmp_path / "a.png"
     Image.new("L", (64, 64)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(OutputError, match="in the way"):
+    with pytest.raises(OutputError, match="already exists"):
         write_whole(path, b"new", MINE)
 
 
 def test_folder_in_the_way_stays(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(OutputError, match="in the way"):
+    with pytest.raises(OutputError, match="already exists"):
         write_whole(tmp_path / "a.png", b"new", MINE)
 
 
 def test_dangling_link_in_the_way_stays(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to("nowhere")
-    with pytest.raises(OutputError, match="in the way"):
+    with pytest.raises(OutputError, match="already exists"):
         write_whole(tmp_path / "a.png", b"new", MINE)
     assert (tmp_path / "a.png").is_symlink()
 
@@ -328,20 +330,19 @@ def test_folders_are_made_and_no_temporary_file_remains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["write_bytes", "hardlink_to", "replace"])
+@pytest.mark.parametrize("step", ["_fill", "hardlink_to", "replace"])
 def test_nothing_remains_of_a_file_that_was_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
 ) -> None:
-    def fail(path: Path, *_: object) -> None:
-        if step == "write_bytes":
-            with path.open("wb") as file:
-                file.write(b"ha")
+    def fail(file: Any, *_: object) -> None:
+        if step == "_fill":
+            file.write(b"ha")
         raise error
 
     if step == "replace":
         (tmp_path / "a.png").write_bytes(encode(explanation(), OutputKind.OVERLAY, MINE))
     before = [path.read_bytes() for path in tmp_path.iterdir()]
-    monkeypatch.setattr(Path, step, fail)
+    monkeypatch.setattr(writing if step == "_fill" else Path, step, fail)
     expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         write_whole(tmp_path / "a.png", b"half a picture", MINE)
@@ -356,7 +357,7 @@ def test_old_file_survives_a_failed_rerun(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(writing, "_fill", fail)
     with pytest.raises(OutputError, match="No space left"):
         write_whole(path, b"new", MINE)
     monkeypatch.undo()
@@ -384,7 +385,7 @@ def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(OutputError, match="Permission denied"):
         prepare_folder(tmp_path)
 
@@ -429,13 +430,13 @@ def test_name_taken_meanwhile_by_a_map_of_another_source_stays(
 ) -> None:
     path = tmp_path / "a.png"
     theirs = encode(explanation(), OutputKind.OVERLAY, OTHER)
-    write = Path.write_bytes
+    fill = writing._fill
 
-    def write_after_them(temporary: Path, content: bytes) -> int:
-        write(path, theirs)
-        return write(temporary, content)
+    def fill_after_them(file: io.FileIO, content: bytes) -> None:
+        path.write_bytes(theirs)
+        fill(file, content)
 
-    monkeypatch.setattr(Path, "write_bytes", write_after_them)
+    monkeypatch.setattr(writing, "_fill", fill_after_them)
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", without_links)
     with pytest.raises(OutputError, match="made from b.jpg"):
@@ -446,13 +447,13 @@ def test_name_taken_meanwhile_by_a_map_of_another_source_stays(
 def test_name_taken_meanwhile_by_the_same_map_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Path.write_bytes
+    fill = writing._fill
 
-    def write_after_them(temporary: Path, content: bytes) -> int:
-        write(tmp_path / "a.png", encode(explanation(), OutputKind.OVERLAY, MINE))
-        return write(temporary, content)
+    def fill_after_them(file: io.FileIO, content: bytes) -> None:
+        (tmp_path / "a.png").write_bytes(encode(explanation(), OutputKind.OVERLAY, MINE))
+        fill(file, content)
 
-    monkeypatch.setattr(Path, "write_bytes", write_after_them)
+    monkeypatch.setattr(writing, "_fill", fill_after_them)
     write_whole(tmp_path / "a.png", b"new", MINE)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
 
@@ -469,88 +470,136 @@ def test_file_system_without_links_serves(tmp_path: Path, monkeypatch: pytest.Mo
 
 # What killed runs leave
 
-HERE, START = outputs._place(), outputs._START
 DAY = 24 * 60 * 60
+NAME = ".vitviz-0123456789abcdef.tmp"
+WRITER = (
+    "import sys, time, pathlib\n"
+    "from vitviz.runs import writing\n"
+    "with writing._temporary(pathlib.Path(sys.argv[1]), b'half'):\n"
+    "    print('locked', flush=True)\n"
+    "    time.sleep(60)\n"
+)
 
 
-def dead() -> int:
-    """Return the number of a process that has been."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        pass
-    return process.pid
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start another process that is busy writing a file, and was for two days."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"locked\n"
+        (path,) = tmp_path.iterdir()
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
+        yield process
+        process.kill()
 
 
-LEFT = {
-    "dead": (f".vitviz-{HERE}-{dead()}-0a-1b.tmp", 0, False),
-    "beyond-all-numbers": (f".vitviz-{HERE}-{10**30}-0a-1b.tmp", 0, False),
-    "mine": (f".vitviz-{HERE}-{os.getpid()}-{START}-1b.tmp", 0, True),
-    "mine-of-an-earlier-process": (f".vitviz-{HERE}-{os.getpid()}-0a-1b.tmp", 0, False),
-    "alive": (f".vitviz-{HERE}-{os.getppid()}-0a-1b.tmp", DAY / 2, True),
-    "number-used-again": (f".vitviz-{HERE}-{os.getppid()}-0a-1b.tmp", DAY * 2, False),
-    "elsewhere": (f".vitviz-elsewhere-{dead()}-0a-1b.tmp", DAY / 2, True),
-    "elsewhere-for-long": (f".vitviz-elsewhere-{dead()}-0a-1b.tmp", DAY * 2, False),
-    "users-own": (".vitviz-notes.tmp", DAY * 2, True),
-    "users-own-visible": ("a.tmp", DAY * 2, True),
-}
-
-
-@pytest.mark.parametrize(("name", "age", "stays"), LEFT.values(), ids=LEFT)
-def test_only_what_nobody_writes_any_more_is_swept(
-    tmp_path: Path, name: str, age: float, stays: bool
-) -> None:
-    path = tmp_path / name
+def left(folder: Path, age: float = 0, name: str = NAME) -> Path:
+    path = folder / name
     path.touch()
     os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_file_of_a_dead_process_is_swept(tmp_path: Path) -> None:
+    path = left(tmp_path)
     sweep([tmp_path / "missing", tmp_path])
-    assert path.exists() is stays
+    assert not path.exists()
+
+
+def test_file_of_a_living_process_stays_until_it_is_killed(
+    tmp_path: Path, writer: subprocess.Popen[bytes]
+) -> None:
+    (path,) = tmp_path.iterdir()
+    sweep([tmp_path])
+    assert path.read_bytes() == b"half"
+    writer.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+    sweep([tmp_path])
+    assert not path.exists()
+
+
+def test_own_file_stays_however_long_it_takes(tmp_path: Path) -> None:
+    with writing._temporary(tmp_path, b"half") as path:
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
+        sweep([tmp_path])
+        assert path.read_bytes() == b"half"
+
+
+@pytest.mark.parametrize("name", [".vitviz-notes.tmp", "a.tmp"])
+def test_users_own_file_is_never_swept(tmp_path: Path, name: str) -> None:
+    path = left(tmp_path, 2 * DAY, name)
+    sweep([tmp_path])
+    assert path.exists()
+
+
+def test_link_is_never_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / NAME).symlink_to("mine")
+    sweep([tmp_path])
+    assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
 def test_names_of_temporary_files_are_those_that_are_swept(tmp_path: Path) -> None:
-    with outputs._temporary(tmp_path) as path:
-        assert outputs._TEMPORARY.fullmatch(path.name)
+    with writing._temporary(tmp_path) as path:
+        assert writing._TEMPORARY.fullmatch(path.name)
 
 
-@pytest.mark.parametrize(
-    ("system", "error"),
-    [
-        ("posix", PermissionError(1, "Operation not permitted")),  # somebody else's process
-        ("java", AssertionError("asking may kill here")),
-    ],
-)
-def test_file_of_a_process_that_cannot_be_asked_stays_for_a_day(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, error: BaseException
+@pytest.mark.parametrize("system", ["without fcntl", "without locks"])
+def test_without_locks_a_file_stays_for_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
 ) -> None:
-    def refuse(process: int, number: int) -> None:
-        raise error
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    young, old = (tmp_path / f".vitviz-{HERE}-{os.getppid()}-0a-{n}.tmp" for n in ("1b", "2c"))
-    young.touch()
-    old.touch()
-    os.utime(old, (time.time() - 2 * DAY,) * 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "kill", refuse)
-        patch.setattr(os, "name", system)
-        sweep([tmp_path])
-    assert list(tmp_path.iterdir()) == [young]
+    if system == "without fcntl":
+        monkeypatch.setattr(writing, "fcntl", None)
+    else:
+        monkeypatch.setattr(writing.fcntl, "flock", refuse)
+    young = left(tmp_path, DAY / 2)
+    old = left(tmp_path, 2 * DAY, NAME.replace("0", "f"))
+    sweep([tmp_path])
+    assert young.exists()
+    assert not old.exists()
+    write_whole(tmp_path / "a.png", b"x", MINE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "a.png"]
 
 
-def test_machine_is_known_by_its_name_where_it_has_no_namespaces(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_sweep_between_creating_and_locking_costs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    def missing(path: str) -> str:
-        raise FileNotFoundError(2, "No such file or directory", path)
+    lock, swept = writing._lock, []
 
-    found = {}
-    for node in ("one", "other", "one"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "readlink", missing)
-            patch.setattr(platform, "node", lambda node=node: node)
-            outputs._place.cache_clear()
-            found.setdefault(node, outputs._place())
-            assert found[node] == outputs._place()
-    outputs._place.cache_clear()
-    assert outputs._place() == HERE
-    assert len({*found.values(), HERE}) == 3
+    def lock_late(file: io.FileIO) -> bool | None:
+        if swept:
+            return lock(file)
+        swept.append(Path(str(file.name)))
+        if moment == "before":  # the sweep has been, and the lock is free again
+            swept[0].unlink()
+            return lock(file)
+        with swept[0].open("r+b", 0) as other:  # the sweep is about to remove it
+            assert lock(other)
+            assert lock(file) is False
+            swept[0].unlink()
+            return False
+
+    monkeypatch.setattr(writing, "_lock", lock_late)
+    write_whole(tmp_path / "a.png", b"x", MINE)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"x"]
+
+
+def test_file_taken_from_its_writer_fails_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(file: io.FileIO, content: bytes) -> None:
+        Path(str(file.name)).unlink()
+
+    monkeypatch.setattr(writing, "_fill", take)
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_whole(tmp_path / "a.png", b"x", MINE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_maker_of_a_large_array_is_read_without_the_array(tmp_path: Path) -> None:

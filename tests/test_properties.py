@@ -32,8 +32,8 @@ from vitviz.methods.table import METHODS
 from vitviz.models.model import Model, load_model
 from vitviz.options import Fit, HeadFusion, OutputKind, PictureOptions
 from vitviz.pictures.heat import normalize
-from vitviz.runs.files import output_path
 from vitviz.runs.job import Job
+from vitviz.runs.names import output_path
 from vitviz.runs.pipeline import run
 
 pytestmark = [

@@ -25,7 +25,8 @@ ROOMS = sorted(
 )
 TORCHLESS = (
     *("errors", "options", "models.census", "models.labels", "images.sources", "images.samples"),
-    *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.files"),
+    *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.names"),
+    *("runs.provenance", "runs.writing"),
     *("methods.table", "runs.job", "evaluation.options", "cli.options", "cli.running"),
     *("evaluation.metrics", "evaluation.annotations", "evaluation.plot", "cli.app"),
 )

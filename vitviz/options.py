@@ -79,6 +79,21 @@ class OutputKind(Word):
     PANEL = "panel"
     NPY = "npy"
 
+    @property
+    def ending(self) -> str:
+        """How names of such files end."""
+        return _ENDINGS[self]
+
+
+_ENDINGS = {
+    OutputKind.OVERLAY: ".png",
+    OutputKind.HEATMAP: ".heatmap.png",
+    OutputKind.PANEL: ".panel.png",
+    OutputKind.NPY: ".npy",
+}
+if set(_ENDINGS) != set(OutputKind) or len(set(_ENDINGS.values())) != len(OutputKind):
+    raise TypeError("every kind of output needs a file ending of its own")  # else maps overwrite
+
 
 class Colormap(Word):
     """Colour tables: OpenCV's, and one for maps with a sign, blue over white to red."""

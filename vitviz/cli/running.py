@@ -50,7 +50,7 @@ def complain(message: str, code: int = 2) -> NoReturn:
 
 def explain_images(run: RunOptions, method: Method) -> None:
     """Do what an explaining command asks for."""
-    from vitviz.runs.files import prepare_folder
+    from vitviz.runs.writing import prepare_folder
 
     job = _job(run, method)
     found = _find(run)
@@ -190,7 +190,7 @@ class _Found:
 def _find(run: SharedOptions) -> _Found:
     """Find the images, and make sure that there are some."""
     from vitviz.images.sources import find_sources
-    from vitviz.runs.files import read_provenance
+    from vitviz.runs.provenance import read_provenance
 
     def own(path: Path) -> bool:
         """Tell whether an image found on the way is a picture that vitviz made."""

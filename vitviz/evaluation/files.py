@@ -12,7 +12,8 @@ from vitviz.errors import OptionError
 from vitviz.evaluation.perturbation import PERTURBATIONS
 from vitviz.evaluation.summary import CSV_HEADER, Evaluation
 from vitviz.images.sources import identity
-from vitviz.runs.files import Provenance, encode_picture, read_provenance, require_own, write_own
+from vitviz.runs.provenance import Provenance, encode_picture, read_provenance
+from vitviz.runs.writing import require_own, write_own
 
 __all__ = ["draw_curves", "require_matplotlib", "require_places", "save"]
 

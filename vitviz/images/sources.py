@@ -107,6 +107,7 @@ def _is_image(path: Path) -> bool:
 
 def identity(path: Path) -> str:
     """Return what two names of one file have in common."""
+    # Hard links stay two images, unlike `runs.records._file_at`; a file need not exist.
     try:
         return os.path.realpath(path)
     except (OSError, ValueError):  # no such file can be: its name is all there is

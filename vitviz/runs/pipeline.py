@@ -29,9 +29,9 @@ from vitviz.images.samples import ImageSample, load_sample
 from vitviz.images.sources import Source
 from vitviz.models.model import Model
 from vitviz.options import Fit
-from vitviz.runs.files import sweep
 from vitviz.runs.job import Job
 from vitviz.runs.records import Result, Writer, failure
+from vitviz.runs.writing import sweep
 from vitviz.streaming import map_ahead, stop_with, worker_threads
 
 __all__ = ["count_caveats", "run"]
@@ -124,11 +124,12 @@ def _up_to_fatal_error(
 ) -> Generator[Result, None, None]:
     """Pass results on until one meets what the others would meet too; it alone tells of that."""
     for result in results:
-        stop: BaseException | None = OutputError(result.obstacle) if result.obstacle else None
+        fatal = result.fatal_write_error
+        stop: BaseException | None = OutputError(fatal) if fatal else None
         try:
             yield result
         except (KeyboardInterrupt, SystemExit) as interruption:
             stop = interruption
         if stop:
             rest = stop_with(results, stop)
-            yield from (each for each in rest if each.outputs or not each.obstacle)
+            yield from (each for each in rest if each.outputs or not each.fatal_write_error)

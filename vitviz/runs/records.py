@@ -21,16 +21,10 @@ from vitviz.images.sources import Source
 from vitviz.methods.method import ClassMethod
 from vitviz.models.record import ModelRecord
 from vitviz.options import OutputKind
-from vitviz.runs.files import (
-    Provenance,
-    encode,
-    is_whole,
-    obstacle,
-    output_path,
-    read_provenance,
-    write_whole,
-)
 from vitviz.runs.job import Job
+from vitviz.runs.names import output_path
+from vitviz.runs.provenance import Provenance, encode, is_whole, read_provenance
+from vitviz.runs.writing import fatal_write_error, write_whole
 
 __all__ = ["Output", "Result", "Writer", "failure", "run_record"]
 
@@ -67,7 +61,7 @@ class Result:
         outputs: The files, those that were there already included.
         predictions: The best classes, best first.
         error: Why it failed.
-        obstacle: Why every other image would fail in the same way.
+        fatal_write_error: Why every other image would fail in the same way.
     """
 
     source: Source
@@ -75,7 +69,7 @@ class Result:
     outputs: tuple[Output, ...] = ()
     predictions: tuple[Prediction, ...] = ()
     error: str | None = None
-    obstacle: str | None = None
+    fatal_write_error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +120,9 @@ class Writer:
         except MemoryError as error:
             return replace(failure(source, error), outputs=tuple(outputs))
         except OutputError as error:
-            reason = obstacle(self.job.output, error)
-            return replace(failure(source, error), outputs=tuple(outputs), obstacle=reason)
+            fatal = fatal_write_error(self.job.output, error)
+            failed = failure(source, error)
+            return replace(failed, outputs=tuple(outputs), fatal_write_error=fatal)
         return Result(
             source=source,
             status="written",
@@ -210,6 +205,7 @@ def run_record(model: ModelRecord, job: Job) -> dict[str, Any]:
 
 def _file_at(path: Path) -> tuple[int, int] | None:
     """Return what all names of one file have in common: links, and cases where those are one."""
+    # Of every hard link the same, unlike `images.sources.identity`: an input is never overwritten.
     try:
         status = path.stat()
     except (OSError, ValueError):
