@@ -11,7 +11,7 @@ PYTEST_PARALLEL = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long check coverage zoo bench census figures format clean
+.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census figures format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,14 @@ setup: .venv/installed  ## create .venv and install vitviz with its tools into i
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	@touch $@
+
+setup-lowest:  ## the same, with the lowest versions that pyproject.toml accepts
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(BIN)/python -m uv pip compile --quiet --python $(BIN)/python --resolution lowest-direct \
+		--no-deps --output-file .venv/lowest.txt pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint .venv/lowest.txt --editable . --group dev
+	@touch .venv/installed
 
 demo: setup  ## explain the sample scenes with the bundled model, into vitviz-out/
 	$(BIN)/vitviz rollout -m demo sample_images/scenes

@@ -239,7 +239,7 @@ def test_weights_at_an_address_are_taken_from_torchs_cache(
     offline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = timm.create_model("test_vit").pretrained_cfg
-    away = {**config, "url": "https://nowhere.invalid/folder/w.safetensors?x=1", "hf_hub_id": None}
+    away = {**config, "url": "https://nowhere.invalid/folder/w.pth?x=1", "hf_hub_id": None}
     create = timm.create_model
 
     def create_elsewhere(name: str, **arguments: Any) -> Any:
@@ -251,7 +251,7 @@ def test_weights_at_an_address_are_taken_from_torchs_cache(
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
         load_model("test_vit", device="cpu")
     offline.mkdir(parents=True)
-    save_file(state, offline / "w.safetensors")
+    torch.save(state, offline / "w.pth")
     model = load_model("test_vit", device="cpu")
     assert model.weights == "pretrained"
     assert torch.equal(model.module.state_dict()["head.weight"], state["head.weight"])

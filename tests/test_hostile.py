@@ -78,7 +78,11 @@ KINDS: list[tuple[str, str, str, dict[str, Any]]] = [  # mode, format, ending, o
     *((mode, "PPM", ".ppm", {}) for mode in ("L", "RGB")),
     *(("RGB", kind, ending, ANIMATED) for kind, ending in (("GIF", ".gif"), ("WEBP", ".webp"))),
     *(("RGB", kind, ending, ANIMATED) for kind, ending in (("PNG", ".png"), ("TIFF", ".tif"))),
-    *((mode, "AVIF", ".avif", {}) for mode in ("RGB", "RGBA") if features.check("avif")),
+    *(
+        (mode, "AVIF", ".avif", {})
+        for mode in ("RGB", "RGBA")
+        if "avif" in features.get_supported()
+    ),
     *((mode, "JPEG2000", ".jp2", {}) for mode in ("L", "RGB") if features.check("jpg_2000")),
 ]
 SIZES = ((37, 53), (1, 1), (90, 5))

@@ -658,7 +658,7 @@ MISTAKES = (
         pytest.param(mistake, case, id=f"{mistake}-{case}")
         for mistake in MISTAKES + LINEAR_MISTAKES
         for case in CASES
-        if mistake.concerns(case)
+        if case.missing or mistake.concerns(case)
     ],
 )
 def test_mistake_is_caught(mistake: Mistake, case: TinyCase) -> None:

@@ -59,7 +59,7 @@ def trace_model(module: nn.Module, shape: Shape) -> Trace:
             stack.callback(setattr, part, "training", True)
         for handle in _watch_modules(module, clock, counter):
             stack.callback(handle.remove)
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.no_grad())  # FlopCounterMode of older torch sees no more
         stack.enter_context(_TensorTracker(clock, state, image))
         try:
             torch.func.functional_call(module, state, (image,))
