@@ -11,8 +11,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 import vitviz
+from vitviz.cli.completion import complete_models
 from vitviz.cli.options import (
     MODEL_HELP,
     EvaluationRun,
@@ -29,6 +31,7 @@ from vitviz.cli.running import (
     forget,
     importing,
     read_size,
+    require_known,
     until_reader_leaves,
 )
 from vitviz.errors import OptionError, VitvizError
@@ -54,6 +57,7 @@ def build_app() -> typer.Typer:
     """Build the commands, those that explain from the table of methods."""
     built = typer.Typer(
         name="vitviz",
+        cls=_Group,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
@@ -62,12 +66,34 @@ def build_app() -> typer.Typer:
         epilog=_BEGIN,
     )
     built.callback()(_top)
-    built.command("inspect", epilog=_examples("inspect"))(_inspect)
-    built.command("models", epilog=_examples("models"))(_models)
+    built.command("inspect", cls=_Command, epilog=_examples("inspect"))(_inspect)
+    built.command("models", cls=_Command, epilog=_examples("models"))(_models)
     for name, method in METHODS.items():
-        built.command(name, help=method.help, epilog=_examples(name))(_explaining(method))
-    built.command("evaluate", epilog=_examples("evaluate"))(with_options(EvaluationRun)(_evaluate))
+        command = built.command(name, cls=_Command, help=method.help, epilog=_examples(name))
+        command(_explaining(method))
+    evaluate = built.command("evaluate", cls=_Command, epilog=_examples("evaluate"))
+    evaluate(with_options(EvaluationRun)(_evaluate))
     return built
+
+
+class _Quiet:
+    """Leaves Typer's words for the types of switches and arguments (``<bool>``) out of the help."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, those without a word for their values without a type."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for each in params:
+            if isinstance(each, TyperArgument) or not each.metavar:
+                each.display_type_rich = lambda ctx: None
+        return params
+
+
+class _Command(_Quiet, TyperCommand):
+    """A command."""
+
+
+class _Group(_Quiet, TyperGroup):
+    """All commands."""
 
 
 def _examples(command: str) -> str:
@@ -114,12 +140,15 @@ def _top(
 
 
 def _inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = "deit_tiny",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_models)
+    ] = "deit_tiny",
     img_size: ImgSizeOption = None,
     full: Annotated[bool, typer.Option("--full", help="Print the raw module tree.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same facts for machines.")] = False,
 ) -> None:
     """Show what a model is made of, and what vitviz can do with it. Downloads no weights."""
+    require_known(model)
     with importing():
         from vitviz.cli import model_view as console
         from vitviz.inspection import describe as anatomy
@@ -144,7 +173,12 @@ def _inspect(
 
 def _models(
     pattern: Annotated[
-        str, typer.Argument(metavar="PATTERN", help="A word, or a pattern with * and ?.")
+        str,
+        typer.Argument(
+            metavar="PATTERN",
+            help="A word, or a pattern with * and ?.",
+            autocompletion=complete_models,
+        ),
     ] = "*",
     supported: Annotated[
         bool, typer.Option("--supported", help="Only those that vitviz can explain.")
@@ -165,6 +199,15 @@ def _models(
                 typer.echo(line or f"{name}: {support.describe()}")
 
 
+def _usage(error: Any) -> str:
+    """Say how a command is used to which something is missing; nothing of other mistakes."""
+    if type(error).__name__ != "MissingParameter" or error.ctx is None:
+        return ""
+    command = error.ctx.command_path
+    example = (error.ctx.command.epilog or "").split("\n\n")[1].strip()
+    return f" Usage: {command} [OPTIONS] SOURCE...; for example: {example}; options: {command} -h"
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code.
 
@@ -174,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(build_app()(args=arguments, prog_name="vitviz", standalone_mode=False) or 0)
     except _UsageError as error:
         if message := error.format_message().strip():  # empty when help was shown instead
-            complain(message)
+            complain(message + _usage(error))
         sys.exit(2)
     except VitvizError as error:
         complain(str(error))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from vitviz.cli.completion import complete_devices, complete_methods, complete_models
 from vitviz.methods.method import Method
 from vitviz.methods.table import variants
 from vitviz.options import Colormap, Convention, Fit, OutputKind, Precision
@@ -33,6 +34,7 @@ MODEL_HELP = (
 )
 EXPLAIN, MODEL, PICTURES = "What to explain", "The model", "Pictures and output"
 OUTPUT_FILES, RUNNING, SCRIPTING = "Output files", "Running", "Scripting"
+_PANELS = (EXPLAIN, MODEL, PICTURES, OUTPUT_FILES, RUNNING, SCRIPTING)
 
 _Command = Callable[..., None]
 
@@ -67,7 +69,9 @@ class SharedOptions:
     ]
     model: Annotated[
         str,
-        _option(MODEL, "-m", "--model", metavar="MODEL", help=MODEL_HELP),
+        _option(
+            MODEL, "-m", "--model", autocompletion=complete_models, metavar="MODEL", help=MODEL_HELP
+        ),
     ] = "deit_tiny"
     weights: Annotated[
         Path | None,
@@ -97,7 +101,13 @@ class SharedOptions:
         ),
     ] = Fit.SQUASH
     device: Annotated[
-        str, _option(RUNNING, metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")
+        str,
+        _option(
+            RUNNING,
+            autocompletion=complete_devices,
+            metavar="NAME",
+            help="auto, cpu, cuda, cuda:1 or mps.",
+        ),
     ] = "auto"
     precision: Annotated[
         Precision,
@@ -182,6 +192,7 @@ class EvaluationRun(SharedOptions):
         list[str],
         _option(
             EXPLAIN,
+            autocompletion=complete_methods,
             metavar="NAME",
             help=f"{', '.join(variants())}, with @2 after one for maps twice as fine; repeatable. "
             "All that suit the model by default; the baselines random and centre always.",
@@ -271,12 +282,19 @@ def with_options(
             run = kind(**{name: values.pop(name) for name in names})
             command(run=run, **values)
 
-        parameters = [shared[0], *(own or ()), *shared[1:]]
+        parameters = sorted([*shared, *(own or ())], key=_place)
         wrapper.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
         return wrapper
 
     return decorate
+
+
+def _place(parameter: introspection.Parameter) -> int:
+    """Say where a parameter stands: arguments first, then groups in their order."""
+    *_, declared = get_args(parameter.annotation)
+    panel = getattr(declared, "rich_help_panel", None)
+    return _PANELS.index(panel) if panel in _PANELS else -1
 
 
 def method_parameters(method: type[Method]) -> list[introspection.Parameter]:
@@ -307,7 +325,7 @@ def _parameter(declared: Field[Any], hint: Any) -> introspection.Parameter:
         typed = list[get_args(hint)[0]]  # type: ignore[misc]  # repeatable
     choices = [str(each) for each in hint] if _is_enum(hint) else []
     flag = option.flag or f"--{declared.name.replace('_', '-')}"
-    shown: bool | str = option.shown_default or default is not None
+    default_shown = f" Default: {option.shown_default}." if option.shown_default else ""
     return introspection.Parameter(
         declared.name,
         introspection.Parameter.KEYWORD_ONLY,
@@ -317,8 +335,8 @@ def _parameter(declared: Field[Any], hint: Any) -> introspection.Parameter:
                 EXPLAIN,
                 flag,  # named, so that a switch gets no --no-… beside it
                 metavar=option.metavar or "|".join(choices) or None,
-                help=option.help,
-                show_default=shown,
+                help=option.help + default_shown,
+                show_default=not option.shown_default and default is not None,
             ),
         ],
         default=default,

@@ -18,7 +18,7 @@ import typer
 
 from vitviz.cli.options import EvaluationRun, RunOptions, SharedOptions
 from vitviz.cli.signals import Interruption
-from vitviz.errors import OptionError, OutputError, SourceError, printable
+from vitviz.errors import ImageError, OptionError, OutputError, SourceError, printable
 from vitviz.evaluation.options import EvaluationOptions
 from vitviz.methods.method import Method
 from vitviz.options import PictureOptions
@@ -38,6 +38,7 @@ __all__ = [
     "forget",
     "importing",
     "read_size",
+    "require_known",
     "until_reader_leaves",
 ]
 
@@ -54,6 +55,7 @@ def explain_images(run: RunOptions, method: Method) -> None:
 
     job = _job(run, method)
     found = _find(run)
+    _refuse_cheap_mistakes(run, found)
     prepare_folder(run.output)
     reporter, model = _load(run, found)
 
@@ -78,6 +80,7 @@ def evaluate_images(run: EvaluationRun) -> NoReturn:
         require_matplotlib()
     options = _evaluation_options(run)
     found = _find(run)
+    _refuse_cheap_mistakes(run, found)
     reporter, model = _load(run, found)
 
     from vitviz.evaluation import annotations
@@ -202,6 +205,35 @@ def _find(run: SharedOptions) -> _Found:
         where = ", ".join(fruitless) or "stdin"
         raise SourceError(f"nothing to do: no images in {where}; give images or folders of them")
     return _Found(sources, fruitless)
+
+
+def _refuse_cheap_mistakes(run: SharedOptions, found: _Found) -> None:
+    """Find what is sure to fail before torch is loaded and weights are looked for."""
+    from vitviz.images.decoding import require_readable
+
+    require_known(run.model)
+    if run.as_json:  # a record tells of the model, too
+        return
+    failures: list[str] = []
+    for source in found.sources:
+        try:
+            require_readable(source)
+        except ImageError as error:
+            failures.append(f"failed: {source.path}: {error}")
+        else:
+            return  # one that can be read: the others fail in their turn
+    for failure in failures:
+        typer.echo(printable(failure), err=True)
+    raise typer.Exit(1)
+
+
+def require_known(model: str) -> None:
+    """Make sure, without timm, that it has a model of this name; if its names are known."""
+    from vitviz.models.census import known_models
+    from vitviz.models.names import require_name
+
+    if known := known_models():
+        require_name(model, known)
 
 
 def _arguments(words: Iterable[str], separator: str) -> Iterator[str | Path]:

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from vitviz.errors import ImageError
 from vitviz.images.sources import Source
 
-__all__ = ["ImageFile", "decode", "read_file", "to_rgb"]
+__all__ = ["ImageFile", "decode", "read_file", "require_readable", "to_rgb"]
 
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 _STRIP_PIXELS = 1 << 21  # so much of an image is brought to RGB at once, in small memory
@@ -42,11 +42,14 @@ class ImageFile:
     digest: str
 
 
-def read_file(source: Source) -> ImageFile:
-    """Read an image file, without decoding it.
+def require_readable(source: Source) -> int:
+    """Make sure that an image file can be opened, without reading it.
+
+    Returns:
+        Its size in bytes.
 
     Raises:
-        ImageError: It cannot be read, is empty, too large, or no regular file.
+        ImageError: It cannot, is too large, or no regular file.
     """
     try:
         status = source.path.stat()
@@ -54,12 +57,26 @@ def read_file(source: Source) -> ImageFile:
             raise ImageError("is not a regular file")
         if status.st_size > _FILE_BYTES:
             raise ImageError(f"has {status.st_size:,} bytes; expected at most {_FILE_BYTES:,}")
-        # A file of no bytes may be one of the kernel's, which can make us wait, too.
-        content = source.path.read_bytes() if status.st_size else b""
+        source.path.open("rb").close()
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ImageError(f"is no name that a file can have: {error}") from error
+    return status.st_size
+
+
+def read_file(source: Source) -> ImageFile:
+    """Read an image file, without decoding it.
+
+    Raises:
+        ImageError: It cannot be read, is empty, too large, or no regular file.
+    """
+    size = require_readable(source)
+    try:
+        # A file of no bytes may be one of the kernel's, which can make us wait, too.
+        content = source.path.read_bytes() if size else b""
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
     if not content:
         raise ImageError("is empty")
     return ImageFile(source=source, content=content, digest=hashlib.sha256(content).hexdigest())

@@ -200,7 +200,6 @@ class ClassMethod(Method):
         doc='An index, a label (``"tabby"``), ``"top1"`` or ``"topK"``, or several of these.',
         metavar="C",
         flag="--class",
-        shown_default="top1",
     )
 
 

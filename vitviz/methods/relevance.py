@@ -50,7 +50,7 @@ class Relevance(ClassMethod):
         "Leave out the blocks before this one; blocks count from 0.",
         doc="Blocks before this one are left out; None: the average over all starts, 0 if classic.",
         metavar="N",
-        shown_default="average over all; 0 with --classic",
+        shown_default="the average over all starts; 0 with --classic",
     )
 
     def __post_init__(self) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 from pathlib import Path
-
-import timm
 
 from vitviz.errors import ModelError
 
-__all__ = ["ALIASES", "FACTORY", "resolve_name"]
+__all__ = ["ALIASES", "FACTORY", "require_name", "resolve_name"]
 
 
 ALIASES = {
@@ -30,24 +29,44 @@ ALIASES = {
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 
 
+def require_name(name: str, known: Collection[str]) -> str:
+    """Make sure that a name can be a model's; names that need no list of models always can.
+
+    Args:
+        name: As typed.
+        known: timm's names, without tags.
+
+    Returns:
+        The name without its tag, aliases replaced; empty where it is no name of timm's.
+
+    Raises:
+        ModelError: There is no such model; near names are offered.
+    """
+    if name == "demo" or name.startswith(("hf-hub:", "local-dir:")) or FACTORY.fullmatch(name):
+        return ""
+    if Path(name).is_dir():
+        return ""
+    base = name.partition(".")[0]
+    base = ALIASES.get(base, base)
+    if base not in known:
+        near = difflib.get_close_matches(name, ["demo", *ALIASES, *known], n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "`vitviz models` lists timm's"
+        raise ModelError(f"no model is called {name!r}; {hint}")
+    return base
+
+
 def resolve_name(name: str) -> str:
     """Return the full name of a model for timm, aliases replaced.
 
     Raises:
         ModelError: timm knows no such model; near names are offered.
     """
-    if name == "demo" or name.startswith(("hf-hub:", "local-dir:")) or FACTORY.fullmatch(name):
-        return name
-    if Path(name).is_dir():
-        return f"local-dir:{name}"
-    base, dot, tag = name.partition(".")
-    base = ALIASES.get(base, base)
-    if not timm.is_model(base):
-        near = difflib.get_close_matches(
-            name, ["demo", *ALIASES, *timm.list_models()], n=3, cutoff=0.5
-        )
-        hint = f"did you mean {', '.join(near)}?" if near else "`vitviz models` lists timm's"
-        raise ModelError(f"no model is called {name!r}; {hint}")
+    import timm  # here, so that a misspelt name is found without it
+
+    base = require_name(name, timm.list_models())
+    if not base:
+        return f"local-dir:{name}" if Path(name).is_dir() and ":" not in name else name
+    _, dot, tag = name.partition(".")
     tags = [full.partition(".")[2] for full in timm.list_models(f"{base}.*", pretrained=True)]
     if tag and tag not in tags:
         known = ", ".join(tags) or "none"
