@@ -11,7 +11,7 @@ PYTEST_PARALLEL = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census figures format clean
+.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census stub figures format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,9 @@ bench: .venv/benchmark  ## measure speed and memory against plain forwards (long
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m pip install --quiet --no-deps grad-cam ttach
 	@touch $@
+
+stub: setup  ## write the signatures of the Python functions anew, for editors
+	$(BIN)/python -m tests.stub
 
 census: setup  ## judge every model of timm anew, for `vitviz models`
 	$(BIN)/python -m vitviz.models.catalogue

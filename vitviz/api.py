@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -225,7 +226,12 @@ def _function(method: type[Method], name: str) -> Callable[..., list[Explanation
     declared = _ordered(method)
     shared = list(inspect.signature(explain_images).parameters.values())
     own = [
-        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default)
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=each.default,
+            annotation=_annotation(hints[each.name]),
+        )
         for each in declared
     ]
     wrapper = _checked(_for_python(explain_images), {each.name for each in declared})
@@ -257,6 +263,15 @@ def _ordered(method: type[Method]) -> list[Any]:
     found = {each.name: each for each in fields(method)}
     first, last = [found.pop("classes", None)], [found.pop("refine")]
     return [each for each in (*first, *found.values(), *last) if each is not None]
+
+
+def _annotation(hint: Any) -> str:
+    """Say what a Python user may give for an option of this type."""
+    if hint == tuple[str, ...]:
+        return "Classes"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"{hint.__name__} | str"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _value(hint: Any, value: Any) -> Any:

@@ -1,0 +1,87 @@
+"""Signatures of the lazy package, for editors and type checkers; see ``tests/stub.py``."""
+
+from vitviz.api import Classes as Classes
+from vitviz.api import Images as Images
+from vitviz.api import evaluate as evaluate
+from vitviz.api import explain_samples as explain_samples
+from vitviz.api import load_model as load_model
+from vitviz.api import load_samples as load_samples
+from vitviz.errors import VitvizError as VitvizError
+from vitviz.evaluation.summary import Evaluation as Evaluation
+from vitviz.explaining.explanation import Explanation as Explanation
+from vitviz.explaining.explanation import Prediction as Prediction
+from vitviz.models.model import Model as Model
+from vitviz.options import AttentionRule as AttentionRule
+from vitviz.options import Convention as Convention
+from vitviz.options import Fit as Fit
+from vitviz.options import HeadFusion as HeadFusion
+from vitviz.options import PictureOptions as PictureOptions
+
+__version__: str
+
+def rollout(
+    model: Model,
+    images: Images,
+    *,
+    discard: float = 0.9,
+    start_layer: int = 0,
+    head_fusion: HeadFusion | str = HeadFusion.MAX,
+    refine: int = 1,
+    fit: Fit | str = Fit.SQUASH,
+    batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
+) -> list[Explanation]:
+    """Attention rollout, which knows no class (Abnar & Zuidema 2020, arXiv 2005.00928)."""
+
+def grad_rollout(
+    model: Model,
+    images: Images,
+    *,
+    classes: Classes = ("top1",),
+    discard: float = 0.9,
+    start_layer: int = 0,
+    refine: int = 1,
+    fit: Fit | str = Fit.SQUASH,
+    batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
+) -> list[Explanation]:
+    """Rollout of attention weighted with the gradient of a class's logit."""
+
+def relevance(
+    model: Model,
+    images: Images,
+    *,
+    classes: Classes = ("top1",),
+    classic: bool = False,
+    start_layer: int | None = None,
+    refine: int = 1,
+    fit: Fit | str = Fit.SQUASH,
+    batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
+) -> list[Explanation]:
+    """Gradient relevance with a linearised backward pass and weighed values."""
+
+def evidence(
+    model: Model,
+    images: Images,
+    *,
+    classes: Classes = ("top1",),
+    rule: AttentionRule | str = AttentionRule.VALUE,
+    refine: int = 1,
+    fit: Fit | str = Fit.SQUASH,
+    batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
+) -> list[Explanation]:
+    """Signed evidence for a class: x ⊙ ∂y/∂x at all blocks, with a linearised backward pass."""
+
+def attention(
+    model: Model,
+    images: Images,
+    *,
+    query: tuple[int, int] | None = None,
+    refine: int = 1,
+    fit: Fit | str = Fit.SQUASH,
+    batch_size: int | None = None,
+    pictures: PictureOptions | None = None,
+) -> list[Explanation]:
+    """Raw attention, blocks and heads apart; it draws itself as a contact sheet."""
