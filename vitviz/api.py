@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 from PIL import Image
 
-from vitviz.errors import ImageError, OptionError, VitvizError
+from vitviz.errors import ImageError, OptionError
 from vitviz.evaluation.measuring import measure
 from vitviz.evaluation.options import EvaluationOptions
 from vitviz.evaluation.summary import Evaluation, summarize
@@ -37,6 +35,7 @@ from vitviz.methods.table import METHODS
 from vitviz.models import model as models
 from vitviz.models.model import Model
 from vitviz.options import Convention, Fit, PictureOptions
+from vitviz.python_words import in_python_words
 from vitviz.runs.pipeline import count_caveats
 from vitviz.streaming import map_ahead, worker_threads
 
@@ -56,9 +55,6 @@ Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]]
 Classes = int | str | Iterable[int | str]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_PARAMETERS = {"class": "classes", "bootstrap": "resamples"}
-"""Parameters of Python that the command line calls otherwise."""
-
 _SHARED = """\
         model: From ``load_model``; it is left as it was.
         images: Paths, Pillow images or arrays (height, width, 3) of uint8.
@@ -75,47 +71,11 @@ _SHARED = """\
 """
 
 
-@contextmanager
-def _python_words() -> Iterator[None]:
-    """Let errors speak of Python's parameters (``start_layer``), not of ``--start-layer``."""
-    try:
-        yield
-    except VitvizError as error:
-        error.args = tuple(_in_python(each) for each in error.args)
-        raise
+load_model = in_python_words(models.load_model)
+explain_samples = in_python_words(explaining.explain_samples)
 
 
-def _in_python(message: object) -> object:
-    """Write the options in a message as the parameters that they are in Python."""
-
-    def parameter(match: re.Match[str]) -> str:
-        name = match[1].replace("-", "_")
-        return _PARAMETERS.get(name, name)
-
-    if not isinstance(message, str):
-        return message
-    message = re.sub(r"--(classic)\b", r"\1=True", message)
-    return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", parameter, message).replace(
-        " with -m", " as model"
-    )
-
-
-def _for_python(function: _Function) -> _Function:
-    """Let a function's errors speak of Python's parameters."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with _python_words():
-            return function(*args, **kwargs)
-
-    return wrapper  # type: ignore[return-value]
-
-
-load_model = _for_python(models.load_model)
-explain_samples = _for_python(explaining.explain_samples)
-
-
-@_for_python
+@in_python_words
 def load_samples(
     model: Model,
     images: Images,
@@ -234,7 +194,7 @@ def _function(method: type[Method], name: str) -> Callable[..., list[Explanation
         )
         for each in declared
     ]
-    wrapper = _checked(_for_python(explain_images), {each.name for each in declared})
+    wrapper = _checked(in_python_words(explain_images), {each.name for each in declared})
     wrapper.__name__ = wrapper.__qualname__ = name
     wrapper.__doc__ = _docstring(method)
     wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -299,7 +259,7 @@ evidence = _function(METHODS["evidence"], "evidence")
 attention = _function(METHODS["attention"], "attention")
 
 
-@_for_python
+@in_python_words
 def evaluate(
     model: Model,
     images: Images,
