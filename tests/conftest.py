@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,3 +19,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_caches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Drop, after each module, what its functions have cached, so that a worker stays small."""
+    yield
+    for each in vars(request.module).values():
+        if callable(getattr(each, "cache_clear", None)):
+            each.cache_clear()
+    gc.collect()
+    if sys.platform == "linux":  # what is free goes back to the system, not to the next module
+        ctypes.CDLL(None).malloc_trim(0)
