@@ -178,7 +178,7 @@ def test_curriculum_ends_at_the_bundled_models_size_with_a_rate_of_zero() -> Non
     config = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
     assert CURRICULUM[-1].size == config["model_args"]["img_size"]
     assert CURRICULUM[-1].rates[1] == 0
-    assert sum(stage.steps for stage in CURRICULUM) == 2_998  # as the README says
+    assert sum(stage.steps for stage in CURRICULUM) == 2_998  # as the model card says
 
 
 @pytest.mark.usefixtures("home")
