@@ -11,7 +11,7 @@ PYTEST_PARALLEL = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census stub figures format clean
+.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census stub figures docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,6 +78,9 @@ census: setup  ## judge every model of timm anew, for `vitviz models`
 
 figures: setup  ## measure the bundled model on 500 scenes that it has never seen
 	$(BIN)/python -m tests.demo_model.evaluate
+
+docs: setup  ## write the option tables of docs/commands.md from the commands
+	$(BIN)/python -m tests.reference
 
 format: setup  ## format the code
 	$(BIN)/ruff format .
