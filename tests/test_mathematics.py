@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -282,7 +282,7 @@ def test_relevance_equals_reference_on_real_weights(setting: AnySetting) -> None
     assert distance(maps, np.stack(expected)[None]).max() <= TOLERANCE
 
 
-@cache
+@lru_cache(maxsize=1)  # a second one would double the memory of a worker
 def _real_linear_trace(rules: linear_oracles.Rules) -> linear_oracles.LinearTrace:
     return linear_oracles.linear_trace(_real_model(), _squashed(PHOTO), rules)
 
