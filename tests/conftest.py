@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -25,9 +25,26 @@ def one_thread() -> Iterator[None]:
 def forgotten_caches(request: pytest.FixtureRequest) -> Iterator[None]:
     """Drop, after each module, what its functions have cached, so that a worker stays small."""
     yield
-    for each in vars(request.module).values():
-        if callable(getattr(each, "cache_clear", None)):
-            each.cache_clear()
+    _forget(vars(request.module).values())
+
+
+@pytest.fixture
+def large() -> Iterator[None]:
+    """Give memory back after a test that takes much of it, what it shares with others too."""
+    yield
+    import comparison
+
+    _forget(vars(comparison).values())
+
+
+def _forget(cached: Iterable[object]) -> None:
+    for each in cached:
+        if callable(clear := getattr(each, "cache_clear", None)):
+            clear()
+    _give_back_memory()
+
+
+def _give_back_memory() -> None:
     gc.collect()
-    if sys.platform == "linux":  # what is free goes back to the system, not to the next module
+    if sys.platform == "linux":  # what is free goes back to the system, not to the next test
         ctypes.CDLL(None).malloc_trim(0)

@@ -114,6 +114,7 @@ def test_relevance_equals_reference(case: TinyCase, setting: AnySetting) -> None
     assert error.max() <= TOLERANCE
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("setting", [*ROLLOUTS[2:4], GRADIENTS[0], RELEVANCE, CLASSIC], ids=str)
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
 def test_relevance_of_many_tokens_equals_reference(case: TinyCase, setting: AnySetting) -> None:
@@ -230,6 +231,7 @@ def _real_model() -> nn.Module:
 
 
 @pytest.mark.shared
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("setting", [ROLLOUTS[3], ROLLOUTS[0], GRADIENTS[1], *LINEAR], ids=str)
 def test_batch_of_photographs_equals_single_ones(setting: AnySetting) -> None:
     model = load_model(_real_model(), device="cpu")
@@ -261,6 +263,7 @@ def _real_reference(
 
 
 @pytest.mark.shared
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(
     "setting",
     [
@@ -304,6 +307,7 @@ def _real_linear_reference(setting: LinearSetting, class_index: int) -> oracles.
 
 
 @pytest.mark.shared
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("setting", LINEAR, ids=str)
 def test_linearised_relevance_equals_reference_on_real_weights(setting: LinearSetting) -> None:
     model = load_model(_real_model(), device="cpu")
@@ -314,6 +318,7 @@ def test_linearised_relevance_equals_reference_on_real_weights(setting: LinearSe
 
 
 @pytest.mark.shared
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(
     ("arguments", "setting", "maps"),
     [
