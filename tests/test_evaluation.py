@@ -670,7 +670,7 @@ def test_files_are_saved_though_nothing_can_be_told(
     def full(*_: Any) -> None:
         raise OutputError("no room")
 
-    monkeypatch.setattr(reporting.Reporter, "present", full)
+    monkeypatch.setattr(reporting.Reporter, "write", full)
     done = shell("evaluate", "p", "--csv", "n.csv", "--plot", "c.png", *tiny)
     assert done.code == 1
     assert Path("n.csv").exists()
@@ -793,7 +793,7 @@ def test_plot_without_matplotlib_is_refused_before_any_work(
     def find_spec(name: str, *others: Any) -> Any:
         return None if name == "matplotlib" else known(name, *others)
 
-    monkeypatch.setattr("vitviz.evaluation.files.find_spec", find_spec)
+    monkeypatch.setattr("vitviz.evaluation.options.find_spec", find_spec)
     monkeypatch.setattr("vitviz.models.model.load_model", None)
     done = shell("evaluate", "p", "--plot", "c.png", *tiny)
     assert (done.code, done.out) == (2, b"")

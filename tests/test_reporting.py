@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from vitviz.cli.reporter import Reporter, discard
+from vitviz.cli.leaving import discard
+from vitviz.cli.reporter import Reporter
 from vitviz.images.sources import Source
 from vitviz.runs.records import Result
 

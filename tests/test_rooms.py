@@ -27,7 +27,8 @@ TORCHLESS = (
     *("errors", "options", "models.census", "models.labels", "images.sources", "images.samples"),
     *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.names"),
     *("runs.provenance", "runs.writing"),
-    *("methods.table", "runs.job", "evaluation.options", "cli.options", "cli.running"),
+    *("methods.table", "runs.job", "evaluation.options", "cli.options", "cli.explaining"),
+    *("cli.evaluating", "cli.starting"),
     *("evaluation.metrics", "evaluation.annotations", "evaluation.plot", "cli.app"),
 )
 LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FUNCTION = 400, 50, 10
@@ -100,6 +101,15 @@ def test_rooms_of_a_floor_import_each_other_in_one_direction() -> None:
         done.update(free)
         for room in free:
             del pending[room]
+
+
+def test_explaining_commands_need_no_inspection_and_no_evaluation() -> None:
+    reached, pending = set[str](), {"cli.explaining"} | _rooms_used("cli.app", lazy=False)
+    while pending:
+        reached |= pending
+        pending = {used for room in pending for used in _rooms_used(room)} - reached
+    assert {"methods.relevance", "runs.pipeline", "cli.reporter"} <= reached
+    assert not {room for room in reached if _floor(room) in ("inspection", "evaluation", "report")}
 
 
 @pytest.mark.parametrize("floor", [floor for floor in FLOORS if (PACKAGE / floor).is_dir()])

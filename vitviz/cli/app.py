@@ -15,6 +15,8 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 import vitviz
 from vitviz.cli.completion import complete_models
+from vitviz.cli.explaining import explain_images
+from vitviz.cli.leaving import complain, forget, until_reader_leaves
 from vitviz.cli.options import (
     MODEL_HELP,
     EvaluationRun,
@@ -24,16 +26,7 @@ from vitviz.cli.options import (
     method_parameters,
     with_options,
 )
-from vitviz.cli.running import (
-    complain,
-    evaluate_images,
-    explain_images,
-    forget,
-    importing,
-    read_size,
-    require_known,
-    until_reader_leaves,
-)
+from vitviz.cli.starting import importing, read_size, require_known
 from vitviz.errors import OptionError, VitvizError
 from vitviz.methods.method import Method
 from vitviz.methods.table import METHODS
@@ -119,6 +112,8 @@ def _evaluate(run: EvaluationRun) -> None:
 
     Prints tables, or with --json one document.
     """
+    from vitviz.cli.evaluating import evaluate_images  # which the other commands need not know
+
     evaluate_images(run)
 
 
@@ -150,24 +145,24 @@ def _inspect(
     """Show what a model is made of, and what vitviz can do with it. Downloads no weights."""
     require_known(model)
     with importing():
-        from vitviz.cli import model_view as console
-        from vitviz.inspection import describe as anatomy
-        from vitviz.models import building
+        from vitviz.cli.model_view import show_model
+        from vitviz.inspection.describe import describe
+        from vitviz.models.building import build_skeleton
         from vitviz.models.devices import describe_device, select_device
         from vitviz.models.names import resolve_name
 
     name = resolve_name(model)
     typer.echo(describe_device(select_device()), err=True)
-    module = building.build_skeleton(name, read_size(img_size))
+    module = build_skeleton(name, read_size(img_size))
     with until_reader_leaves():
         if full:
             typer.echo(str(module))
         elif as_json:
-            typer.echo(json.dumps(anatomy.describe(module, name).to_dict()))
+            typer.echo(json.dumps(describe(module, name).to_dict()))
         else:
             terminal = Console()
             with terminal.capture() as shown:  # Rich would leave by itself when the reader does
-                console.show_model(anatomy.describe(module, name), terminal)
+                show_model(describe(module, name), terminal)
             typer.echo(shown.get(), nl=False)
 
 

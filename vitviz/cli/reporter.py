@@ -11,26 +11,22 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from vitviz.cli.evaluation_view import show_evaluation
+from vitviz.cli.leaving import discard
 from vitviz.errors import OutputError, printable
-from vitviz.evaluation.measuring import ImageScores
-from vitviz.evaluation.summary import Evaluation
 from vitviz.images.sources import Source
 from vitviz.runs.records import Result
 
-__all__ = ["Reporter", "discard"]
-
+__all__ = ["Reporter"]
 
 _Item = TypeVar("_Item")
 
 _RESULTS = ("written", "skipped", "failed")
-_MEASUREMENTS = ("measured", "failed")
 
 
 class Reporter:
@@ -70,25 +66,7 @@ class Reporter:
         Raises:
             OutputError: Results cannot be told, as into a file on a full disk.
         """
-        self._watch(results, total, partial(self._show, run=run), _RESULTS)
-
-    def collect(
-        self, measurements: Iterable[ImageScores], total: int, kept: list[ImageScores]
-    ) -> None:
-        """Gather measurements under a progress bar, telling of failures as they come; sum up.
-
-        Args:
-            measurements: As they come.
-            total: How many there will be.
-            kept: Gets them, and has those that came before an interruption.
-        """
-
-        def keep(measurement: ImageScores) -> None:
-            status = "failed" if measurement.error else "measured"
-            self._count(status, measurement.source, measurement.error)
-            kept.append(measurement)
-
-        self._watch(measurements, total, keep, _MEASUREMENTS)
+        self.watch(results, total, partial(self._show, run=run), _RESULTS)
 
     def advance(self, images: float) -> None:
         """Move the bar on by what is done of images that no result tells of yet."""
@@ -96,33 +74,21 @@ class Reporter:
         if self._bar:
             self._bar()
 
-    def present(self, evaluation: Evaluation) -> None:
-        """Show methods side by side: as tables, or as one JSON document.
-
-        Raises:
-            OutputError: They cannot be told, as into a file on a full disk.
-        """
-        if self._as_json:
-            self._write(json.dumps(evaluation.to_dict(), allow_nan=False), b"\n")
-            return
-        if not evaluation.images:
-            return
-        console = Console(highlight=False)
-        with console.capture() as shown:
-            show_evaluation(evaluation, console)
-        if console.is_terminal:
-            print(shown.get(), end="", flush=True)
-        else:  # cells are padded with blanks, which a file has no use for
-            self._write("\n".join(map(str.rstrip, shown.get().splitlines())), b"\n")
-
-    def _watch(
+    def watch(
         self,
         items: Iterable[_Item],
         total: int,
         tell: Callable[[_Item], None],
         statuses: Sequence[str],
     ) -> None:
-        """Tell of items as they come, under a progress bar, and sum up by status."""
+        """Tell of items as they come, under a progress bar, and sum up by status.
+
+        Args:
+            items: As they come.
+            total: How many there will be.
+            tell: Called with each; counts it.
+            statuses: What can become of an item, what is hoped for first.
+        """
         self._start, self._total, self._done = time.perf_counter(), total, 0.0
         try:
             with closing(self._progress(items, total)) as shown:
@@ -131,19 +97,20 @@ class Reporter:
         finally:
             self._summarize(statuses)
 
-    def _count(self, status: str, source: Source, error: str | None) -> None:
+    def count(self, status: str, source: Source, error: str | None) -> None:
+        """Count what became of an image, and tell why it failed if it did."""
         self._counts[status] += 1
         if error:
             text = f"failed: {source.path}: {error}"
             self._errors.print(Text(printable(text), "red"), soft_wrap=True)
 
     def _show(self, result: Result, run: dict[str, Any]) -> None:
-        self._count(result.status, result.source, result.error)
+        self.count(result.status, result.source, result.error)
         if self._as_json:
-            self._write(json.dumps(_record(result, run)), b"\n")
+            self.write(json.dumps(_record(result, run)))
         elif result.status != "skipped":
             for output in result.outputs:
-                self._write(os.fspath(output.path), self._end)
+                self.write(os.fspath(output.path), self._end)
 
     def _summarize(self, statuses: Sequence[str]) -> None:
         """Say how many images there were and how fast they went, if there were any.
@@ -170,8 +137,12 @@ class Reporter:
     def _shows_progress(self) -> bool:
         return not self._quiet and self._errors.is_terminal
 
-    def _write(self, text: str, end: bytes) -> None:
-        """Write a result to stdout: byte for byte for programs, readable for people."""
+    def write(self, text: str, end: bytes = b"\n") -> None:
+        """Write a result to stdout: byte for byte for programs, readable for people.
+
+        Raises:
+            OutputError: It cannot be told, as into a file on a full disk.
+        """
         if sys.stdout is None:  # closed before we came
             return
         if not sys.stdout.isatty():
@@ -212,13 +183,6 @@ class Reporter:
                 self._done = max(self._done, self._counts.total())
                 move()
             self._bar = None
-
-
-def discard(stream: TextIO) -> None:
-    """Send what a stream still holds nowhere, so that leaving does not fail over it."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, stream.fileno())
-    os.close(devnull)
 
 
 def _record(result: Result, run: dict[str, Any]) -> dict[str, Any]:

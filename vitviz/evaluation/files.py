@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from vitviz.errors import OptionError
+from vitviz.evaluation.options import require_matplotlib
 from vitviz.evaluation.perturbation import PERTURBATIONS
 from vitviz.evaluation.summary import CSV_HEADER, Evaluation
 from vitviz.images.sources import identity
 from vitviz.runs.provenance import Provenance, encode_picture, read_provenance
 from vitviz.runs.writing import require_own, write_own
 
-__all__ = ["draw_curves", "require_matplotlib", "require_places", "save"]
+__all__ = ["draw_curves", "require_places", "save"]
 
 
 _COMMAND = "evaluate"
 _PLOTTED = ("deletion", "insertion")
-
-
-def require_matplotlib() -> None:
-    """Make sure, before the work, that there is something to draw a plot with.
-
-    Raises:
-        OptionError: There is not.
-    """
-    if find_spec("matplotlib") is None:
-        raise OptionError(
-            "--plot needs matplotlib, which is not installed; try pip install 'vitviz[plot]'"
-        )
 
 
 def require_places(table: Path | None, plot: Path | None) -> None:

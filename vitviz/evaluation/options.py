@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from vitviz.errors import OptionError
 from vitviz.methods.table import named_method
 from vitviz.options import Convention, Fit, require_counts
 
-__all__ = ["EvaluationOptions"]
+__all__ = ["EvaluationOptions", "require_matplotlib"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +51,15 @@ class EvaluationOptions:
             raise OptionError(f"--seed is {self.seed}; give a number from 0 up")
         if self.resamples < 1:
             raise OptionError(f"--bootstrap is {self.resamples}; give a number from 1 up")
+
+
+def require_matplotlib() -> None:
+    """Make sure, before the work, that there is something to draw a plot with.
+
+    Raises:
+        OptionError: There is not.
+    """
+    if find_spec("matplotlib") is None:
+        raise OptionError(
+            "--plot needs matplotlib, which is not installed; try pip install 'vitviz[plot]'"
+        )

@@ -1,0 +1,157 @@
+"""What commands on images begin with: finding the images, cheap mistakes, loading the model."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from vitviz.cli.options import SharedOptions
+from vitviz.errors import ImageError, OptionError, SourceError, printable
+
+if TYPE_CHECKING:  # these rooms load torch
+    from vitviz.cli.reporter import Reporter
+    from vitviz.images.sources import Source
+    from vitviz.models.model import Model
+
+__all__ = [
+    "Found",
+    "find",
+    "importing",
+    "load",
+    "read_count",
+    "read_size",
+    "refuse_cheap_mistakes",
+    "require_known",
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The images of a call, and the arguments that gave none."""
+
+    sources: list[Source]
+    fruitless: list[str]
+
+
+def find(run: SharedOptions) -> Found:
+    """Find the images, and make sure that there are some."""
+    from vitviz.images.sources import find_sources
+    from vitviz.runs.provenance import read_provenance
+
+    def own(path: Path) -> bool:
+        """Tell whether an image found on the way is a picture that vitviz made."""
+        return read_provenance(path) is not None
+
+    arguments = list(_arguments(run.sources, "\0" if run.nul else "\n"))
+    sources, fruitless = find_sources(arguments, skip=own)
+    if not sources:
+        where = ", ".join(fruitless) or "stdin"
+        raise SourceError(f"nothing to do: no images in {where}; give images or folders of them")
+    return Found(sources, fruitless)
+
+
+def _arguments(words: Iterable[str], separator: str) -> Iterator[str | Path]:
+    """Yield the sources as typed, ``-`` replaced by the paths on stdin, which are no globs."""
+    for word in words:
+        if word == "-":
+            paths = os.fsdecode(sys.stdin.buffer.read()).split(separator)
+            yield from (Path(path) for path in paths if path)
+        else:
+            yield word
+
+
+def refuse_cheap_mistakes(run: SharedOptions, found: Found) -> None:
+    """Find what is sure to fail before torch is loaded and weights are looked for."""
+    from vitviz.images.decoding import require_readable
+
+    require_known(run.model)
+    if run.as_json:  # a record tells of the model, too
+        return
+    failures: list[str] = []
+    for source in found.sources:
+        try:
+            require_readable(source)
+        except ImageError as error:
+            failures.append(f"failed: {source.path}: {error}")
+        else:
+            return  # one that can be read: the others fail in their turn
+    for failure in failures:
+        typer.echo(printable(failure), err=True)
+    raise typer.Exit(1)
+
+
+def require_known(model: str) -> None:
+    """Make sure, without timm, that it has a model of this name; if its names are known."""
+    from vitviz.models.census import known_models
+    from vitviz.models.names import require_name
+
+    if known := known_models():
+        require_name(model, known)
+
+
+def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
+    """Say what the work begins with, and load the model; only now torch, after all mistakes."""
+    img_size = read_size(run.img_size)
+    with importing():
+        from vitviz.cli.reporter import Reporter
+        from vitviz.models.devices import describe_device, select_device
+        from vitviz.models.model import load_model
+
+    reporter = Reporter(quiet=run.quiet, as_json=run.as_json, nul=run.nul)
+    for argument in found.fruitless:
+        reporter.say(f"no images in {argument}", "yellow")
+    reporter.say(describe_device(select_device(run.device)))
+    model = load_model(
+        run.model,
+        weights=run.weights,
+        labels=run.labels,
+        device=run.device,
+        fit=run.fit,
+        img_size=img_size,
+        precision=run.precision,
+    )
+    for note in model.notes:
+        reporter.say(note, "yellow")
+    warnings.filterwarnings("ignore", module="PIL")  # of odd images: what matters is in a result
+    return reporter, model
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import torch and timm without looking for garbage among what they make: a fifth faster."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor later on: all of it is there to stay
+        gc.enable()
+
+
+def read_count(word: str, option: str) -> int | None:
+    """Read a count, or "auto" as None."""
+    if word == "auto":
+        return None
+    try:
+        return int(word)
+    except ValueError:
+        raise OptionError(f"{option} is {word!r}; give a number or auto") from None
+
+
+def read_size(word: str | None) -> tuple[int, int] | None:
+    """Read "518" or "336x672" (height x width)."""
+    if word is None:
+        return None
+    sides = re.fullmatch(r"([1-9]\d*)(?:[x×]([1-9]\d*))?", word)
+    if not sides:
+        raise OptionError(f"--img-size is {word!r}; give one side or HEIGHTxWIDTH, like 336x672")
+    return int(sides[1]), int(sides[2] or sides[1])
