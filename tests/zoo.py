@@ -45,6 +45,8 @@ _REDRAWN = {
     *("vit_base_r26_s32_224", "eva_giant_patch14_clip_224"),
     "vit_gigantic_patch14_clip_quickgelu_224",
 }
+# Their channels hang on a stem, on heads that share keys, on the blocks' own sizes.
+_OF_ONE_WIDTH = ("vitamin", "sapiens2", "cait")
 
 
 class _EnoughSeenError(Exception):
@@ -355,11 +357,18 @@ def assert_relevance_equals_reference(specimen: Specimen) -> None:
     assert max(specimen.errors.values()) <= TOLERANCE, specimen.errors
 
 
-def collect(name: str) -> Specimen:
-    """Build a specimen of a timm entrypoint, its weights drawn by its name."""
+def collect(name: str, *, narrow: bool = False) -> Specimen:
+    """Build a specimen of a timm entrypoint, its weights drawn by its name.
+
+    Args:
+        name: The entrypoint.
+        narrow: With few channels, where the entrypoint lets them be chosen by themselves.
+    """
     patch = _patch(name)
     size = GRID[0] * patch[0], GRID[1] * patch[1]
     arguments = {**_cut(name), "img_size": size, "num_classes": CLASSES}
+    if narrow and not any(word in name for word in _OF_ONE_WIDTH):
+        arguments |= {"embed_dim": 192, "num_heads": 3}
     overlay = {"input_size": (3, *size)}  # NaFlex models, which take any size, ask it alone
     with _no_draws():
         module = timm.create_model(name, pretrained_cfg_overlay=overlay, **arguments)
