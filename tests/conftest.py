@@ -9,6 +9,15 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
+from fixtures_processes import Nursery
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Start commands in processes of their own at once: one a worker, since it takes seconds."""
+    with Nursery(tmp_path_factory.mktemp("streams")) as nursery:
+        yield nursery
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:

@@ -44,9 +44,8 @@ class Child:
 
     def wait(self) -> Run:
         code = self.nursery.ask(wait=self.pid)
-        return Run(
-            code=code, out=self.out.read_bytes(), err=self.err.read_text(errors="backslashreplace")
-        )
+        out = self.out.read_bytes() if self.out.is_file() else b""
+        return Run(code=code, out=out, err=self.err.read_text(errors="backslashreplace"))
 
 
 class Nursery:

@@ -32,6 +32,7 @@ from fixtures_io import (
     save_tiny,
     tiny_state,
 )
+from fixtures_processes import Nursery
 from vitviz.explaining import samples as explaining
 from vitviz.models import model as models
 from vitviz.models.devices import describe_device
@@ -983,33 +984,33 @@ def test_closed_reader_ends_quietly(tmp_path: Path, tiny: list[str]) -> None:
     assert not list((tmp_path / "vitviz-out").rglob(".*"))
 
 
-def into(target: str, *words: str) -> tuple[int, list[str]]:
-    """Run a command in a shell with its stdout into something; exit code and stderr."""
-    done = subprocess.run(
-        ["bash", "-c", f'"$@" {target}; exit ${{PIPESTATUS[0]}}', "-"]
-        + [sys.executable, "-m", "vitviz", *words],
-        capture_output=True,
-        check=False,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    return done.returncode, done.stderr.decode().replace("Using cpu\n", "").splitlines()
-
-
 TELLING = (["inspect", "demo"], ["inspect", "demo", "--json"], ["models", "deit_tiny"])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("words", [["--help"], *TELLING], ids=" ".join)
-def test_full_disk_behind_stdout_is_told_in_one_line(words: list[str]) -> None:
-    code, said = into("> /dev/full", *words)
-    assert code == 1
+def test_full_disk_behind_stdout_is_told_in_one_line(
+    nursery: Nursery, tmp_path: Path, words: list[str]
+) -> None:
+    done = nursery.run(*words, cwd=tmp_path, out="/dev/full")
+    assert done.code == 1
+    said = done.err.replace("Using cpu\n", "").splitlines()
     assert said == ["Error: no space left on the device that stdout goes to"]
 
 
 @pytest.mark.parametrize("words", TELLING, ids=" ".join)
-def test_reader_that_wants_nothing_ends_a_telling_command_quietly(words: list[str]) -> None:
-    assert into("| exec true", *words) == (141, [])
+def test_reader_that_wants_nothing_ends_a_telling_command_quietly(
+    nursery: Nursery, tmp_path: Path, words: list[str]
+) -> None:
+    pipe, gone = tmp_path / "pipe", tmp_path / "gone"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(gone)!r}).exists(): time.sleep(0.01)"
+    child = nursery.start(*words, cwd=tmp_path, out=str(pipe), prelude=wait)
+    os.close(reader)
+    gone.touch()
+    done = child.wait()
+    assert (done.code, done.err.replace("Using cpu\n", "")) == (141, "")
 
 
 def test_pipelines_of_a_shell_work(tmp_path: Path, tiny: list[str]) -> None:

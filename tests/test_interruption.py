@@ -31,12 +31,6 @@ IN_A_ROW = 5  # kills, until a run is left in peace
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with Nursery(tmp_path_factory.mktemp("streams")) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keep pictures in two folders; no test may change a byte of them."""
     folder = tmp_path_factory.mktemp("photos") / "p"
@@ -119,7 +113,7 @@ SLOW_DISK = (
 )
 
 
-@pytest.mark.parametrize("least", [5, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("least", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_any_moment_and_run_again_ends_as_if_undisturbed(
     nursery: Nursery, photos: Path, tmp_path: Path, least: int
 ) -> None:
@@ -182,12 +176,18 @@ def test_temporary_file_of_a_dead_process_that_nobody_has_buried_goes_too(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
+@pytest.mark.parametrize("trials", [3, pytest.param(6, marks=pytest.mark.long)])
 def test_interruption_at_any_moment_leaves_whole_files_and_tells_of_them(
-    nursery: Nursery, photos: Path, tmp_path: Path, number: signal.Signals, code: int
+    nursery: Nursery,
+    photos: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    trials: int,
 ) -> None:
     moments = random.Random(int(number))
     untold = 0
-    for trial in range(6):
+    for trial in range(trials):
         out = tmp_path / f"{trial}"
         child = nursery.start("grad-rollout", "p", *DEMO, "-o", out, cwd=photos.parent)
         lines = moments.randrange(1, COUNT // 2)
@@ -212,11 +212,11 @@ def test_result_that_is_told_while_the_interruption_comes_costs_no_other(
 ) -> None:
     interrupted = (
         "import os, signal, vitviz.cli.reporter as r\n"
-        "write = r.Reporter._write\n"
+        "write = r.Reporter.write\n"
         "def write_and_interrupt(*arguments):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    write(*arguments)\n"
-        "r.Reporter._write = write_and_interrupt\n"
+        "r.Reporter.write = write_and_interrupt\n"
     )
     done = nursery.run(
         "rollout", "p", *DEMO, "-o", tmp_path / "out", cwd=photos.parent, prelude=interrupted
@@ -228,13 +228,14 @@ def test_result_that_is_told_while_the_interruption_comes_costs_no_other(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("anywhere", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_interruption_while_it_starts_leaves_without_a_word(
-    photos: Path, tmp_path: Path, number: signal.Signals
+    photos: Path, tmp_path: Path, number: signal.Signals, anywhere: int
 ) -> None:
     moments = random.Random(int(number))
     command = [sys.executable, "-m", "vitviz", "rollout", "p", *DEMO, "-o", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"}
-    for delay in (0.03, 0.1, *(moments.uniform(0.1, 2) for _ in range(4))):
+    for delay in (0.03, 0.1, *(moments.uniform(0.1, 2) for _ in range(anywhere))):
         with subprocess.Popen(
             command,
             cwd=photos.parent,

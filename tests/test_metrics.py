@@ -158,21 +158,23 @@ def test_specificity_is_the_share_among_the_objects() -> None:
 # Intervals
 
 
-def test_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("samples", [150, pytest.param(400, marks=pytest.mark.long)])
+def test_interval_covers_the_true_mean_as_often_as_it_says(samples: int) -> None:
     generator = np.random.default_rng(2)
     covered = []
-    for number in range(400):
+    for number in range(samples):
         sample = generator.beta(1, 4, size=(60, 1))  # skewed and between 0 and 1, as scores are
         interval = bootstrap(sample, range(60), resamples=400, seed=number).interval(0)
         covered.append(interval.low <= 1 / 5 <= interval.high)
     assert 0.90 <= np.mean(covered) <= 0.99
 
 
-def test_interval_of_several_cases_an_image_covers_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("samples", [120, pytest.param(300, marks=pytest.mark.long)])
+def test_interval_of_several_cases_an_image_covers_as_often_as_it_says(samples: int) -> None:
     """Cases of one image are nearly copies: taken for images, intervals would be half as wide."""
     generator = np.random.default_rng(3)
     covered, covered_if_apart = [], []
-    for number in range(300):
+    for number in range(samples):
         image = np.repeat(np.arange(40), 4)
         sample = generator.normal(size=40)[image, None] + 0.1 * generator.normal(size=(160, 1))
         together = bootstrap(sample, image, resamples=300, seed=number).interval(0)
