@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -48,12 +51,21 @@ class Child:
         return Run(code=code, out=out, err=self.err.read_text(errors="backslashreplace"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What a command left: its exit code, and what a terminal was sent."""
+
+    code: int
+    text: str
+
+
 class Nursery:
     """Starts commands without the seconds that importing torch takes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = count()
+        self._executor = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Nursery:
         self._process = subprocess.Popen(
@@ -103,6 +115,26 @@ class Nursery:
         self, *arguments: str | os.PathLike[str], cwd: Path, prelude: str = "", out: str = ""
     ) -> Run:
         return self.start(*arguments, cwd=cwd, prelude=prelude, out=out).wait()
+
+    def on_a_terminal(self, *arguments: str, cwd: Path, columns: int = 80) -> Shown:
+        """Run a command with stdout and stderr on one terminal."""
+        ours, theirs = pty.openpty()
+        settings = {"COLUMNS": str(columns), "TERM": "xterm"}
+        pid = self.ask(
+            arguments=arguments,
+            cwd=str(cwd),
+            prelude=f"import os; os.environ.update({settings!r})",
+            out=os.ttyname(theirs),
+            err=os.ttyname(theirs),
+        )
+        code = self._executor.submit(self.ask, wait=pid)
+        sent = b""
+        while not code.done() or select.select([ours], [], [], 0)[0]:
+            if select.select([ours], [], [], 0.02)[0]:
+                sent += os.read(ours, 1 << 16)
+        os.close(theirs)
+        os.close(ours)
+        return Shown(code=code.result(), text=sent.decode())
 
 
 def _stream(stream: IO[bytes] | None) -> IO[bytes]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ import vitviz
 from comparison import loaded, traced
 from fixtures_io import picture, tiny_model
 from fixtures_methods import make_method
+from fixtures_processes import Nursery
 from tiny import CASES, LARGE_CASES, TinyCase
 from vitviz.cli.app import main
 from vitviz.errors import OptionError
@@ -106,14 +105,16 @@ def test_query_that_is_no_patch_ends_in_one_line(
     assert "--query" in capsys.readouterr().err
 
 
-def test_command_writes_sheet_and_numbers_and_nothing_else_to_stderr(tmp_path: Path) -> None:
+def test_command_writes_sheet_and_numbers_and_nothing_else_to_stderr(
+    nursery: Nursery, tmp_path: Path
+) -> None:
     path = tmp_path / "a.png"
     picture(96, 96).save(path)
-    command = [sys.executable, "-m", "vitviz", "attention", "-q", str(path), "-m", "demo"]
+    command = ["attention", "-q", str(path), "-m", "demo"]
     command += ["--query", "3,4", "--save", "npy", "--save", "heatmap", "-o", str(tmp_path / "o")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    numbers, sheet = done.stdout.splitlines()
+    done = nursery.run(*command, cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    numbers, sheet = done.out.decode().splitlines()
     assert np.load(numbers).shape == (12, 3, 12, 12)
     with Image.open(sheet) as shown:
         assert shown.height > 3 * shown.width  # 12 blocks of 3 heads

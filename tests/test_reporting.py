@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures_processes import Nursery
 from vitviz.cli.leaving import discard
 from vitviz.cli.reporter import Reporter
 from vitviz.images.sources import Source
@@ -22,30 +23,13 @@ from vitviz.runs.records import Result
 SCENES = Path(__file__).parents[1] / "sample_images" / "scenes"
 
 
-def on_a_terminal(*arguments: str) -> str:
-    """Run the command line with stdout and stderr on one terminal; return what it was sent."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vitviz", *arguments],
-        stdout=theirs,
-        stderr=theirs,
-        stdin=subprocess.DEVNULL,
-        env=environment,
-    )
-    os.close(theirs)
-    sent = b""
-    while piece := read(ours):
-        sent += piece
-    os.close(ours)
-    assert process.wait() == 0
-    return sent.decode()
-
-
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> str:
+def session(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("out")
-    return on_a_terminal("rollout", str(SCENES), "-m", "demo", "-o", str(out), "--device", "cpu")
+    words = ["rollout", str(SCENES), "-m", "demo", "-o", str(out), "--device", "cpu"]
+    shown = nursery.on_a_terminal(*words, cwd=out)
+    assert shown.code == 0, shown.text
+    return shown.text
 
 
 def test_each_path_stands_on_a_line_of_its_own_beside_the_bar(session: str) -> None:
@@ -62,12 +46,13 @@ def test_bar_shows_how_many_are_done_and_is_gone_in_the_end(session: str) -> Non
     assert last.startswith("\x1b[1A\x1b[2K10 written, 0 skipped, 0 failed")  # over the bar's line
 
 
-def test_quiet_terminal_shows_paths_alone(tmp_path: Path) -> None:
-    scene = SCENES / "star-ring.png"
-    said = on_a_terminal("rollout", str(scene), "-m", "demo", "-o", str(tmp_path), "--quiet")
-    (line,) = said.splitlines()
+def test_quiet_terminal_shows_paths_alone(nursery: Nursery, tmp_path: Path) -> None:
+    words = ["rollout", str(SCENES / "star-ring.png"), "-m", "demo", "-o", str(tmp_path)]
+    shown = nursery.on_a_terminal(*words, "--quiet", cwd=tmp_path)
+    assert shown.code == 0
+    (line,) = shown.text.splitlines()
     assert line.endswith("star-ring.png.rollout.png")
-    assert "\x1b" not in said
+    assert "\x1b" not in shown.text
 
 
 def test_reader_that_leaves_is_no_full_disk(tmp_path: Path) -> None:

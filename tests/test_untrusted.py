@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import pty
 import random
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +19,6 @@ from safetensors.torch import save_file
 from fixtures_io import (
     CLASSES,
     NAME,
-    ROOT,
     SIZE,
     Shell,
     at_most,
@@ -30,6 +26,7 @@ from fixtures_io import (
     tiny_module,
     tiny_state,
 )
+from fixtures_processes import Nursery
 from vitviz.errors import VitvizError, WeightsError
 from vitviz.models.checkpoints import read_checkpoint
 from vitviz.models.labels import Labels
@@ -323,27 +320,6 @@ def nasty_labels() -> Path:
     return path
 
 
-def on_a_terminal(*words: str) -> tuple[int, str]:
-    """Run vitviz with all streams on a terminal; return its exit code and what was shown."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "vitviz", *words]
-    with at_most(120):
-        child = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
-        )
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 1 << 16):
-                shown += part
-        except OSError:  # how Linux says that nobody is left at the other end
-            pass
-        finally:
-            os.close(ours)
-        return child.wait(), shown.decode()
-
-
 def test_nasty_texts_are_shown_and_not_obeyed_in_a_pipe(shell: Shell) -> None:
     labels, folder = nasty_labels(), model_folder(label_names=NASTY, architecture=NAME)
     words = ["grad-rollout", "a.png", "-m", str(folder), "--save", "panel", "--class", "0"]
@@ -361,23 +337,24 @@ def test_nasty_texts_are_shown_and_not_obeyed_in_a_pipe(shell: Shell) -> None:
     assert "[red]" in refusal(shell, "-m", str(folder), "--labels", str(labels))
 
 
-def test_nasty_texts_are_shown_and_not_obeyed_on_a_terminal(shell: Shell) -> None:
+@pytest.mark.usefixtures("shell")
+def test_nasty_texts_are_shown_and_not_obeyed_on_a_terminal(nursery: Nursery) -> None:
     Path("p").mkdir()
     Path("p/\x1b[2J\x1b]0;title\x07[red].png").write_bytes(b"no image")
     save_pictures(Path(), ["p/\x9b31m[blue]\r.png"])
     folder = model_folder(label_names=NASTY)
-    code, shown = on_a_terminal("grad-rollout", "p", "-m", str(folder), "--class", "0")
-    assert code == 1, shown
+    words = ["grad-rollout", "p", "-m", str(folder), "--class", "0"]
+    done = nursery.on_a_terminal(*words, cwd=Path.cwd(), columns=200)
+    assert done.code == 1, done.text
     for attack in ("\x1b[2J", "\x1b]", "\x07", "\x9b"):
-        assert attack not in shown
-    assert r"\x1b[2J\x1b]0;title\x07[red].png" in shown
-    assert r"\x9b31m[blue]\r.png" in shown
-    code, shown = on_a_terminal(
-        "grad-rollout", "a.png", "-m", str(folder), "--class", "[red]\x1b[2J[/]"
-    )
-    assert code == 2
-    assert "\x1b[2J" not in shown
-    assert "[red]" in shown
+        assert attack not in done.text
+    assert r"\x1b[2J\x1b]0;title\x07[red].png" in done.text
+    assert r"\x9b31m[blue]\r.png" in done.text
+    words = ["grad-rollout", "a.png", "-m", str(folder), "--class", "[red]\x1b[2J[/]"]
+    done = nursery.on_a_terminal(*words, cwd=Path.cwd(), columns=200)
+    assert done.code == 2
+    assert "\x1b[2J" not in done.text
+    assert "[red]" in done.text
 
 
 @pytest.mark.parametrize("words", [[], ["--json"], ["--full"]], ids=str)
