@@ -179,7 +179,7 @@ def _named_memory_errors() -> Iterator[None]:
 def predict_batch(
     model: Model, batch: Tensor, prepare: Callable[[Tensor], Tensor] = lambda images: images
 ) -> Tensor:
-    """Run a plain forward pass, in the same lanes as ``explain_batch``.
+    """Run a plain forward pass, in the same parts as ``explain_batch``.
 
     Args:
         model: The model; it is left as it was.
@@ -303,7 +303,9 @@ def _expect_grid(model: Model, records: Sequence[Attention], images: Tensor) -> 
     tokens = records[0].shape[-1]
     blocks = records[: len(records) - model.layout.tail]
     if any(record.shape[2:] != (tokens, tokens) for record in blocks):
-        raise CaptureError("the number of tokens changes between blocks, so maps do not chain")
+        raise CaptureError(
+            "the number of tokens changes between blocks, so attention maps cannot be multiplied"
+        )
     height, width = images.shape[-2:]
     return patch_grid(model.module, (height, width), tokens - model.layout.prefix_tokens)
 

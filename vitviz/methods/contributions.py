@@ -24,6 +24,8 @@ def signed_evidence(tokens: Sequence[Tensor], gradients: Sequence[Tensor]) -> Te
     Returns:
         (batch, tokens).
     """
+    # Under the linearised backward pass ∂y/∂x is the linear map from tokens to logit, so x ⊙ ∂y/∂x
+    # splits the logit into contributions; each block's input gives one such split.
     evidence = [
         (at_least_float32(each.detach()) * at_least_float32(gradient)).sum(dim=-1)
         for each, gradient in zip(tokens, gradients, strict=True)

@@ -30,7 +30,7 @@ class Evidence(ClassMethod):
 
     name: ClassVar[str] = "evidence"
     help: ClassVar[str] = (
-        "Draw signed evidence: what speaks for a class (red), and what against it (blue)."
+        "Draw signed evidence: what supports a class (red) and what contradicts it (blue)."
     )
     is_signed: ClassVar[bool] = True
     colormap: ClassVar[Colormap] = Colormap.REDBLUE

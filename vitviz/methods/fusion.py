@@ -47,6 +47,7 @@ def fuse_with_gradient(record: Attention, output_gradient: Tensor) -> Fusion:
     def fuse(images: slice, queries: slice) -> Tensor:
         weighted = record.probabilities(images, queries)
         weighted *= record.probability_gradients(output_gradient, images, queries)
+        # The mean first: heads that speak against the class weigh against those that speak for it.
         return weighted.mean(dim=1, keepdim=True).relu_()
 
     return fuse
@@ -58,6 +59,6 @@ def fuse_positive(record: Attention, output_gradient: Tensor) -> Fusion:
     def fuse(images: slice, queries: slice) -> Tensor:
         weighted = record.probabilities(images, queries)
         weighted *= record.probability_gradients(output_gradient, images, queries)
-        return weighted.relu_()
+        return weighted.relu_()  # before the mean over heads, so that none cancels another
 
     return fuse

@@ -86,6 +86,8 @@ class LinearizedBackward(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        # The output is bilinear in probabilities and values. Either all of it counts as the values'
+        # doing, or half, and the rest comes from queries and keys in equal parts.
         if self._rule is AttentionRule.VALUE:
             return func(query.detach(), key.detach(), value, *args, **kwargs)
         shares = ((query, 0.25), (key, 0.25), (value, 0.5))
@@ -138,6 +140,7 @@ class _Normalized(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, inverse = ctx.saved_tensors
         gradient = gradient if weight is None else gradient * weight
+        # The Jacobian of (x − mean)/σ with σ constant is (I − 1/n)/σ, which is symmetric.
         centred = gradient - gradient.mean(dim=ctx.over, keepdim=True)
         return centred.mul_(inverse), None, None, None, None
 
@@ -157,6 +160,7 @@ class _ScaledToUnit(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, inverse = ctx.saved_tensors
         weighted = gradient if weight is None else gradient * weight
+        # With the root constant, the Jacobian of x/root is diagonal: nothing is to be centred.
         return (weighted * inverse).to(gradient.dtype), None, None, None
 
 

@@ -77,6 +77,7 @@ def place_back(maps: list[Tensor], made: list[Shift], refine: int) -> Tensor:
         something twice, that counts twice for the cell of this thing, and once for its neighbour.
     """
     rows, cols = (side * refine for side in maps[0].shape[-2:])
+    # The exact transpose of shifting, divided by how often each cell was seen.
     total = maps[0].new_zeros((*maps[0].shape[:-2], rows, cols))
     seen = maps[0].new_zeros((rows, cols))
     for relevance, shift in zip(maps, made, strict=True):

@@ -93,6 +93,7 @@ class Relevance(ClassMethod):
         from vitviz.methods.fusion import fuse_positive
         from vitviz.methods.row_form import gradient_relevance
 
+        # E of the pooling behind the blocks, too, which is what the head's readout is made of.
         gradients = target.output_gradients(forward.records)
         fusions = list(map(fuse_positive, forward.records, gradients))
         start, of_blocks = forward.readout(fusions), fusions[: len(forward.blocks)]
@@ -111,6 +112,7 @@ class Relevance(ClassMethod):
         # Start: what speaks for the class behind the last block finds the readout by itself.
         start = mean_share([signed_evidence([behind], [of_tokens]).relu_()])
         fusions = list(map(fuse_positive, forward.blocks, gradients))
+        # r ← r + r·E: in front of each block, r is the map that starts there.
         carried = gradient_relevance(forward.blocks, fusions, start, weigh_values=True)
         relevance = mean_share(carried) if self.averages_starts else carried[-1]
         return TokenMap(relevance, gradient_norm_product(behind, of_tokens))

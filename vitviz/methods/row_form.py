@@ -48,7 +48,7 @@ def attention_rollout(
         (batch, tokens); each row sums to 1.
     """
     batch, _, _, tokens = records[-1].shape
-    relevance = readout.expand(batch, tokens)
+    relevance = readout.expand(batch, tokens)  # wᵀ, to be multiplied with the last Â first
     # Of the last block only the rows that are read matter, unless a threshold needs all of them.
     queries = slice(0, tokens) if discard else _support(readout)
     for record, fusion in zip(reversed(records), reversed(fusions), strict=True):
@@ -58,7 +58,7 @@ def attention_rollout(
                 for images, row_chunks in _chunks(record.shape, queries)
             ]
         )
-        queries = slice(0, tokens)
+        queries = slice(0, tokens)  # further down, every token may carry relevance
     return relevance
 
 
@@ -87,12 +87,14 @@ def gradient_relevance(
     Raises:
         CaptureError: Values are to be weighed, and their projection was not seen.
     """
+    # One row of R ← R + E·R: later blocks stand on the right there, so they come first here.
     carried = [start]
     for record, fusion in zip(reversed(records), reversed(fusions), strict=True):
         relevance = carried[-1]
         gathered = torch.zeros_like(relevance)
         for images, row_chunks in _chunks(record.shape, _support(relevance)):
             for rows in row_chunks:
+                # r·E over the rows that carry anything; the identity is added below.
                 gathered[images] += _gather(relevance[images, rows], fusion(images, rows))
         carried.append(relevance + (gathered * record.value_norms() if weigh_values else gathered))
     return carried[1:]
@@ -143,6 +145,7 @@ def pooled_readout(tail: Sequence[Fusion], tokens: int) -> Tensor:
     kept: Tensor | float = 1.0
     gathered = torch.zeros_like(rows[0][:, own:])
     for row in reversed(rows):
+        # As Â in a block: the residual adds the identity, which is 1 where the query is a key.
         share = kept / (row.sum(dim=-1, keepdim=True) + own)
         gathered = gathered + share * row[:, own:]
         kept = share * (row[:, :own].sum(dim=-1, keepdim=True) + own)
@@ -156,7 +159,8 @@ def _through_block(
     """Multiply relevance (images, tokens) with one block's Â from the left."""
     carried = torch.zeros_like(relevance)
     if discard:
-        # The threshold is taken over the whole map, so for once the whole map is needed.
+        # Before the residual connection is added, so that no token loses its own. The threshold is
+        # taken over the whole map, so for once the whole map is needed.
         whole = torch.cat([_mean(fusion(rows)) for rows in row_chunks], dim=1)
         discard_lowest(whole, discard)
         row_chunks, fusion = [slice(None)], lambda _: whole.unsqueeze(1)
@@ -164,8 +168,8 @@ def _through_block(
         maps = fusion(rows)
         # Rows of (F + I)/2 divided by their sums: the halves cancel, the identity adds 1.
         weights = relevance[:, rows] / (_mean(maps.sum(dim=-1)) + 1)
-        carried[:, rows] += weights
-        carried += _gather(weights, maps)
+        carried[:, rows] += weights  # relevance · I
+        carried += _gather(weights, maps)  # relevance · F
     return carried
 
 
