@@ -181,3 +181,10 @@ def test_representations_are_one_short_line() -> None:
     for each in (tiny_model(), sample, vitviz.evaluate(tiny_model(), [picture(30, 40)])):
         assert len(repr(each)) <= 100, repr(each)
         assert "\n" not in repr(each)
+
+
+def test_explanation_names_its_source(tmp_path: Path) -> None:
+    picture(30, 40).save(tmp_path / "a.png")
+    of_file, of_image = vitviz.rollout(tiny_model(), [tmp_path / "a.png", picture(30, 40)])
+    assert of_file.source == tmp_path / "a.png"
+    assert str(of_image.source) == "image 1"

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,11 @@ class Explanation:
     predictions: tuple[Prediction, ...] = ()
     pictures: PictureOptions = PictureOptions()
 
+    @property
+    def source(self) -> Path:
+        """The path of the image; for one that came without a file, ``image N``, counted from 0."""
+        return self.sample.source.path
+
     def overlay(self) -> Image.Image:
         """Draw the heat over the image; heat with a sign over the image in grey."""
         return Image.fromarray(self.draw(OutputKind.OVERLAY))
@@ -178,7 +184,7 @@ class Explanation:
     def __repr__(self) -> str:
         """Say what it is of, without its pixels."""
         shape = "×".join(map(str, self.relevance.shape))
-        return f"<Explanation of {self.sample.source.path}: {self.caption}, {shape}>"
+        return f"<Explanation of {self.source}: {self.caption}, {shape}>"
 
     def _repr_png_(self) -> bytes:
         """Show the overlay in a notebook."""
