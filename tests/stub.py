@@ -20,6 +20,7 @@ HEAD = '''\
 
 from vitviz.api import Classes as Classes
 from vitviz.api import Images as Images
+from vitviz.api import Values as Values
 from vitviz.api import evaluate as evaluate
 from vitviz.api import explain_samples as explain_samples
 from vitviz.api import load_model as load_model

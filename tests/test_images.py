@@ -409,7 +409,7 @@ def test_model_sees_a_large_jpeg_as_if_it_were_decoded_in_full(fit: Fit) -> None
 def test_large_jpeg_is_not_decoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     monkeypatch.setattr(
-        "vitviz.images.decoding.to_rgb", lambda image: sizes.append(image.size) or image
+        "vitviz.images.decoding.to_rgb", lambda image, _: sizes.append(image.size) or image
     )
     content = encoded(photograph(1600, 1200), "JPEG")
     decode(content, frame(Fit.SQUASH, size=(32, 32)), max_size=100)

@@ -2,6 +2,7 @@
 
 from vitviz.api import Classes as Classes
 from vitviz.api import Images as Images
+from vitviz.api import Values as Values
 from vitviz.api import evaluate as evaluate
 from vitviz.api import explain_samples as explain_samples
 from vitviz.api import load_model as load_model
@@ -28,6 +29,7 @@ def rollout(
     head_fusion: HeadFusion | str = HeadFusion.MAX,
     refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
+    value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
 ) -> list[Explanation]:
@@ -42,6 +44,7 @@ def grad_rollout(
     start_layer: int = 0,
     refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
+    value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
 ) -> list[Explanation]:
@@ -56,6 +59,7 @@ def relevance(
     start_layer: int | None = None,
     refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
+    value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
 ) -> list[Explanation]:
@@ -69,6 +73,7 @@ def evidence(
     rule: AttentionRule | str = AttentionRule.VALUE,
     refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
+    value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
 ) -> list[Explanation]:
@@ -81,6 +86,7 @@ def attention(
     query: tuple[int, int] | None = None,
     refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
+    value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
 ) -> list[Explanation]:

@@ -34,8 +34,8 @@ from vitviz.methods.method import ClassMethod, Method
 from vitviz.methods.table import METHODS
 from vitviz.models import model as models
 from vitviz.models.model import Model
-from vitviz.options import Convention, Fit, PictureOptions
-from vitviz.python_words import in_python_words
+from vitviz.options import Convention, Fit, PictureOptions, ValueRange
+from vitviz.python_words import in_python, in_python_words
 from vitviz.runs.pipeline import count_caveats
 from vitviz.streaming import map_ahead, worker_threads
 
@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]]
+Values = ValueRange | str | tuple[float, float] | None
 Classes = int | str | Iterable[int | str]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -60,6 +61,8 @@ _SHARED = """\
         images: Paths, Pillow images or arrays (height, width, 3) of uint8.
 {options}
         fit: ``squash``, ``crop`` or ``native``.
+        value_range: Pixel values that become black and white, (0, 4095), or percentiles of each
+            image, "1%:99%"; None: 0 and the largest integer of their type, 0 and 1 for floats.
         batch_size: Images run at once; None: chosen by the number of tokens.
         pictures: How the maps draw themselves; None: as by default.
 
@@ -81,6 +84,7 @@ def load_samples(
     images: Images,
     *,
     fit: Fit | str = Fit.SQUASH,
+    value_range: Values = None,
     max_size: int = 1024,
 ) -> Iterator[ImageSample | Failed]:
     """Read and fit images for ``explain_samples``, a few ahead of the one that is asked for.
@@ -89,6 +93,7 @@ def load_samples(
         model: From ``load_model``.
         images: Paths, Pillow images or arrays (height, width, 3) of uint8.
         fit: ``squash``, ``crop`` or ``native``.
+        value_range: As for ``rollout``.
         max_size: Longest side of the pictures, in pixels.
 
     Yields:
@@ -98,15 +103,15 @@ def load_samples(
         VitvizError: An option is not usable, or an image in memory is no image.
     """
     _require_inputs(model, images)
-    transform = input_transform(model, Fit(fit))
+    transform = input_transform(model, Fit(fit), ValueRange.ensure(value_range))
 
     def load(numbered: tuple[int, Any]) -> ImageSample | Failed:
         number, image = numbered
         if not isinstance(image, (str, os.PathLike)):
-            return sample_of(image, f"image {number}", transform, max_size)
+            return in_python_words(sample_of)(image, f"image {number}", transform, max_size)
         source = Source(path=Path(image), key=Path(image).name)
         try:
-            return load_sample(read_file(source), transform, max_size)
+            return in_python_words(load_sample)(read_file(source), transform, max_size)
         except (ImageError, MemoryError) as error:
             return Failed.because(source, error)
 
@@ -124,6 +129,7 @@ def explain(
     *,
     pictures: PictureOptions | None = None,
     fit: Fit = Fit.SQUASH,
+    value_range: Values = None,
     batch_size: int | None = None,
 ) -> list[Explanation]:
     """Explain images and return their maps, image by image, class by class.
@@ -134,6 +140,7 @@ def explain(
         method: The method, with its options.
         pictures: How the maps draw themselves; None: as by default.
         fit: How images are brought to the model's size.
+        value_range: As for ``load_samples``.
         batch_size: Images run at once; None: chosen by the number of tokens.
 
     Raises:
@@ -146,7 +153,9 @@ def explain(
     pictures = pictures or PictureOptions()
     if fit is not Fit.NATIVE:
         method.require_grid(model.layout.grid)
-    samples = load_samples(model, images, fit=fit, max_size=pictures.max_size)
+    samples = load_samples(
+        model, images, fit=fit, value_range=value_range, max_size=pictures.max_size
+    )
     explained = explaining.explain_samples(
         model, samples, method, pictures=pictures, batch_size=batch_size, warn=_warn
     )
@@ -164,7 +173,7 @@ def _warn(text: str) -> None:
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(home):
         level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(in_python(text), stacklevel=level)
 
 
 def _function(method: type[Method], name: str) -> Callable[..., list[Explanation]]:
@@ -175,12 +184,21 @@ def _function(method: type[Method], name: str) -> Callable[..., list[Explanation
         images: Images,
         *,
         fit: Fit | str = Fit.SQUASH,
+        value_range: Values = None,
         batch_size: int | None = None,
         pictures: PictureOptions | None = None,
         **options: Any,
     ) -> list[Explanation]:
         made = method(**{each: _value(hints[each], value) for each, value in options.items()})
-        return explain(model, images, made, fit=Fit(fit), batch_size=batch_size, pictures=pictures)
+        return explain(
+            model,
+            images,
+            made,
+            fit=Fit(fit),
+            value_range=value_range,
+            batch_size=batch_size,
+            pictures=pictures,
+        )
 
     hints = get_type_hints(method)
     declared = _ordered(method)
@@ -208,7 +226,7 @@ def _checked(function: _Function, names: set[str]) -> _Function:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        known = names | {"model", "images", "fit", "batch_size", "pictures"}
+        known = names | {"model", "images", "fit", "value_range", "batch_size", "pictures"}
         if unknown := [each for each in kwargs if each not in known]:
             raise TypeError(
                 f"{wrapper.__name__}() got an unexpected keyword argument {unknown[0]!r}"
@@ -270,6 +288,7 @@ def evaluate(
     truth: Sequence[int] | None = None,
     convention: Convention | str = Convention.VITVIZ,
     fit: Fit | str = Fit.SQUASH,
+    value_range: Values = None,
     batch_size: int | None = None,
     seed: int = 0,
     resamples: int = 2000,
@@ -279,15 +298,14 @@ def evaluate(
     Args:
         model: From ``load_model``; it is left as it was.
         images: As for ``rollout``.
-        methods: Names of methods (``relevance``, ``evidence-shared`` …), ``@2`` after one for maps
-            twice as fine; none: all that suit the model.
+        methods: Names like ``evidence``, or ``evidence@2``, twice as fine; none: all that suit.
         masks: A folder with PNGs of the images' names, or one mask an image: an array (height,
             width) of integers, 0 for the background, a path, or None.
-        target: The class that maps explain: an index, a label, ``"top1"``, ``"truth"``, or
-            ``"mask"`` for each class that an image's mask names (its values are class indices + 1).
+        target: Class explained: an index, a label, ``top1``, ``truth`` or ``mask`` (values - 1).
         truth: The true class of each image.
         convention: ``vitviz`` or ``chefer2021``; see ``perturbation.PERTURBATIONS``.
         fit: As for ``rollout``.
+        value_range: As for ``rollout``.
         batch_size: As for ``rollout``.
         seed: Of the random map and of the bootstrap.
         resamples: Bootstrap samples behind the intervals.
@@ -303,21 +321,23 @@ def evaluate(
         target=str(target),
         convention=Convention(convention),
         fit=Fit(fit),
+        value_range=ValueRange.ensure(value_range),
         batch_size=batch_size,
         seed=seed,
         resamples=resamples,
     )
-    _require_inputs(model, images)
-    subjects = _subjects(images, masks, truth)
+    subjects = _subjects(model, images, masks, truth)
     return summarize(model, options, list(measure(model, subjects, options, warn=_warn)))
 
 
 def _subjects(
+    model: Model,
     images: Images,
     masks: str | os.PathLike[str] | Sequence[Any] | None,
     truth: Sequence[int] | None,
 ) -> list[AnnotatedImage]:
     """Put together what is known about each image."""
+    _require_inputs(model, images)
     given = list(images)
     if isinstance(masks, (str, os.PathLike)):
         found = annotated_images(map(_source, range(len(given)), given), masks=Path(masks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,6 +17,7 @@ __all__ = [
     "OutputKind",
     "PictureOptions",
     "Precision",
+    "ValueRange",
     "Word",
     "require_counts",
 ]
@@ -153,6 +155,62 @@ class PictureOptions:
         if kind is not OutputKind.HEATMAP:
             options["alpha"] = self.alpha
         return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueRange:
+    """Which values of pixels become black and white, in place of the range of their type.
+
+    Attributes:
+        low: What becomes black.
+        high: What becomes white.
+        percentiles: Whether these are percentiles of each image's values, in [0, 100].
+    """
+
+    low: float
+    high: float
+    percentiles: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ends.
+
+        Raises:
+            OptionError: They are not in order, or no percentiles.
+        """
+        finite = math.isfinite(self.low) and math.isfinite(self.high)
+        within = not self.percentiles or (self.low >= 0 and self.high <= 100)
+        if not (finite and within and self.low < self.high):
+            raise OptionError(f"--value-range is {self}; {_RANGE_HINT}")
+
+    @classmethod
+    def ensure(cls, given: object) -> ValueRange | None:
+        """Read "0:4095", "1%:99%" or a pair of numbers; None and ranges stay what they are.
+
+        Raises:
+            OptionError: It is none of these.
+        """
+        if given is None or isinstance(given, ValueRange):
+            return given
+        if isinstance(given, (tuple, list)) and len(given) == 2:
+            given = f"{given[0]}:{given[1]}"
+        ends = str(given).split(":")
+        percentiles = all(end.strip().endswith("%") for end in ends)
+        try:
+            low, high = (float(end.strip().removesuffix("%" * percentiles)) for end in ends)
+        except ValueError:
+            raise OptionError(f"--value-range is {given!r}; {_RANGE_HINT}") from None
+        return cls(low=low, high=high, percentiles=percentiles)
+
+    def __str__(self) -> str:
+        """Write it as it is typed."""
+        unit = "%" if self.percentiles else ""
+        low, high = (repr(float(end)).removesuffix(".0") for end in (self.low, self.high))
+        return f"{low}{unit}:{high}{unit}"
+
+
+_RANGE_HINT = (
+    "give LOW:HIGH with LOW below HIGH, as 0:4095, or percentiles of each image, as 1%:99%"
+)
 
 
 def require_counts(batch_size: int | None, workers: int | None) -> None:

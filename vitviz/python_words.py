@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from vitviz.errors import VitvizError
 
-__all__ = ["in_python_words"]
+__all__ = ["in_python", "in_python_words"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -24,19 +24,17 @@ def _python_words() -> Iterator[None]:
     try:
         yield
     except VitvizError as error:
-        error.args = tuple(_in_python(each) for each in error.args)
+        error.args = tuple(in_python(str(each)) for each in error.args)
         raise
 
 
-def _in_python(message: object) -> object:
+def in_python(message: str) -> str:
     """Write the options in a message as the parameters that they are in Python."""
 
     def parameter(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
         return _PARAMETERS.get(name, name)
 
-    if not isinstance(message, str):
-        return message
     message = re.sub(r"--(classic)\b", r"\1=True", message)
     return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", parameter, message).replace(
         " with -m", " as model"

@@ -16,6 +16,7 @@ from vitviz.cli.signals import Interruption
 from vitviz.cli.starting import find, load, read_count, refuse_cheap_mistakes
 from vitviz.errors import OptionError, OutputError
 from vitviz.evaluation.options import EvaluationOptions, require_matplotlib
+from vitviz.options import ValueRange
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.cli.reporter import Reporter
@@ -107,6 +108,7 @@ def _evaluation_options(run: EvaluationRun) -> EvaluationOptions:
         target=run.targets[0],
         convention=run.convention,
         fit=run.fit,
+        value_range=ValueRange.ensure(run.value_range),
         batch_size=read_count(run.batch_size, "--batch-size"),
         workers=read_count(run.workers, "--workers"),
         seed=run.seed,

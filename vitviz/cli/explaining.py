@@ -12,7 +12,7 @@ from vitviz.cli.signals import Interruption
 from vitviz.cli.starting import find, load, read_count, refuse_cheap_mistakes
 from vitviz.errors import OutputError
 from vitviz.methods.method import Method
-from vitviz.options import PictureOptions
+from vitviz.options import PictureOptions, ValueRange
 from vitviz.runs.job import Job
 
 __all__ = ["explain_images"]
@@ -51,6 +51,7 @@ def _job(run: RunOptions, method: Method) -> Job:
             max_size=run.max_size,
         ),
         fit=run.fit,
+        value_range=ValueRange.ensure(run.value_range),
         output=run.output,
         skip_existing=run.skip_existing,
         batch_size=read_count(run.batch_size, "--batch-size"),

@@ -100,6 +100,17 @@ class SharedOptions:
             help="Squash the image, crop its centre, or keep its aspect ratio.",
         ),
     ] = Fit.SQUASH
+    value_range: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            metavar="LOW:HIGH",
+            help="Pixel values that become black and white, as 0:4095, or percentiles of each "
+            "image, as 1%:99%; by default 0 and the largest integer of their type, 0 and 1 for "
+            "floats.",
+            show_default=False,
+        ),
+    ] = None
     device: Annotated[
         str,
         _option(

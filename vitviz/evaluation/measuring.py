@@ -26,6 +26,7 @@ from vitviz.evaluation.scores import ClassScores, ModelOutput, failed, locate
 from vitviz.evaluation.tasks import AnnotatedImage, Failure, Task, TaskLoader, seen
 from vitviz.explaining.batch import predict_batch
 from vitviz.explaining.samples import Explained, Explainer, Failed, images_at_once, to_tensor
+from vitviz.images.remarks import Tally
 from vitviz.images.samples import ImageSample
 from vitviz.images.sources import Source
 from vitviz.methods.method import Method
@@ -105,8 +106,9 @@ def measure(
     depth = 2 * measuring.batch_size
     with worker_threads(options.workers) as pool:
         tasks = chain.from_iterable(map_ahead(pool, loader.prepare, enumerate(subjects), depth))
+        counted = _count_remarks(tasks, warn)
         cases: list[ClassScores | str] = []
-        for item, case in map_ahead(pool, score, measuring.measure(tasks), depth, drain=True):
+        for item, case in map_ahead(pool, score, measuring.measure(counted), depth, drain=True):
             cases.append(case)
             if item.is_last:
                 yield _measurement(subjects[item.number].source, cases)
@@ -121,6 +123,18 @@ def _expect_classes(model: Model, subjects: Iterable[AnnotatedImage]) -> None:
                 f"the true class of {subject.source.path} is {subject.truth}, but {model.name} has "
                 f"{model.num_classes} classes; give an index from 0 to {model.num_classes - 1}"
             )
+
+
+def _count_remarks(
+    tasks: Iterable[Task | Failure], warn: Callable[[str], None]
+) -> Iterator[Task | Failure]:
+    """Pass tasks on, and say at the end what people should know of their images."""
+    tally = Tally()
+    for task in tasks:
+        if isinstance(task, Task) and task.is_last:
+            tally.add(task.sample.remarks, "image", task.sample.source.path)
+        yield task
+    tally.tell(warn)
 
 
 def _suits(model: Model, method: Method) -> bool:

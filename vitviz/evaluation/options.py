@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from vitviz.errors import OptionError
 from vitviz.methods.table import named_method
-from vitviz.options import Convention, Fit, require_counts
+from vitviz.options import Convention, Fit, ValueRange, require_counts
 
 __all__ = ["EvaluationOptions", "require_matplotlib"]
 
@@ -23,6 +23,8 @@ class EvaluationOptions:
             that the image's mask names, or ``truth`` for the image's true class.
         convention: How faithfulness is measured.
         fit: How images are brought to the model's size.
+        value_range: Which values of pixels become black and white; None: by the range of their
+            type.
         batch_size: Images run at once; None: chosen by the number of tokens.
         workers: Threads for decoding and for locating; None: as many as cores.
         seed: Of the random baseline and of the bootstrap.
@@ -33,6 +35,7 @@ class EvaluationOptions:
     target: str = "top1"
     convention: Convention = Convention.VITVIZ
     fit: Fit = Fit.SQUASH
+    value_range: ValueRange | None = None
     batch_size: int | None = None
     workers: int | None = None
     seed: int = 0

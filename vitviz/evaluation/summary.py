@@ -319,6 +319,7 @@ def _settings(model: Model, options: EvaluationOptions) -> dict[str, Any]:
         "options": {
             "class": options.target,
             "fit": options.fit.value,
+            "value_range": options.value_range and str(options.value_range),
             "size": list(model.preprocessing.size),
             "dtype": str(model.dtype).removeprefix("torch."),
             "labels": model.labels.source,

@@ -120,7 +120,7 @@ class TaskLoader:
     ) -> None:
         """Find out which class is wanted of each image."""
         self._model = model
-        self._frame = input_transform(model, options.fit)
+        self._frame = input_transform(model, options.fit, options.value_range)
         self._judged = any(subject.truth is not None for subject in subjects)
         masked = any(subject.mask is not None for subject in subjects)
         self._wanted = _wanted_class(model, options.target, judged=self._judged, masked=masked)

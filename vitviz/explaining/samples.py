@@ -24,7 +24,7 @@ from vitviz.images.sources import Source
 from vitviz.methods.method import Method
 from vitviz.models.labels import ClassRequest
 from vitviz.models.model import Model
-from vitviz.options import Fit, PictureOptions
+from vitviz.options import Fit, PictureOptions, ValueRange
 from vitviz.pictures.heat import contrast
 from vitviz.streaming import AdaptiveBatches, in_batches
 
@@ -130,7 +130,7 @@ def images_at_once(model: Model) -> int:
     return batch_size_for(model.layout.tokens, model.device)
 
 
-def input_transform(model: Model, fit: Fit) -> InputTransform:
+def input_transform(model: Model, fit: Fit, values: ValueRange | None = None) -> InputTransform:
     """Return how images are brought to what a model takes.
 
     Raises:
@@ -148,6 +148,7 @@ def input_transform(model: Model, fit: Fit) -> InputTransform:
         patch=expected.patch,
         resample=Image.Resampling[expected.interpolation.upper()],
         crop_pct=expected.crop_pct,
+        values=values,
     )
 
 

@@ -6,25 +6,38 @@ import hashlib
 import io
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vitviz.errors import ImageError
+from vitviz.images.remarks import Remark
 from vitviz.images.sources import Source
+from vitviz.images.values import Scale, Stored, in_strips, scale_of, stored_as
+from vitviz.options import ValueRange
 
-__all__ = ["ImageFile", "decode", "read_file", "require_readable", "to_rgb"]
+__all__ = ["Decoded", "ImageFile", "decode", "read_file", "require_readable", "upright_rgb"]
 
+_TURNS = {  # what undoes each orientation of EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
-_STRIP_PIXELS = 1 << 21  # so much of an image is brought to RGB at once, in small memory
 _LARGE_PIXELS = 1 << 25  # from here on, images are decoded one at a time, not one in each thread
 _FILE_BYTES = 1 << 30  # more than the largest picture that is not refused would fill
 _ALONE = threading.RLock()  # held by the thread that has a large image in memory
 _UNSAFE = {"EPS": "would run a program", "FITS": "may unpack to any size"}
+_EXTRA_SAMPLES = 338  # the tag of TIFF that says what a fourth band is
+_NO_ALPHA = Remark(
+    "a fourth band that is not declared as transparency", "left out; the other three are taken"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,18 +95,34 @@ def read_file(source: Source) -> ImageFile:
     return ImageFile(source=source, content=content, digest=hashlib.sha256(content).hexdigest())
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoded:
+    """A decoded image.
+
+    Attributes:
+        image: Upright and RGB.
+        size: Its (height, width) in the file.
+        remarks: What people should know of it.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    remarks: tuple[Remark, ...] = ()
+
+
 def decode(
-    content: bytes, enough: Callable[[tuple[int, int]], tuple[int, int]], room: ExitStack
-) -> tuple[Image.Image, tuple[int, int]]:
+    content: bytes,
+    enough: Callable[[tuple[int, int]], tuple[int, int]],
+    room: ExitStack,
+    values: ValueRange | None = None,
+) -> Decoded:
     """Decode an image, upright and RGB.
 
     Args:
         content: Of its file.
         enough: Of the image's (height, width), tells how many pixels it needs to be decoded at.
         room: Closed when the image is no longer needed; until then no other large one is decoded.
-
-    Returns:
-        The image, and its (height, width) in the file.
+        values: Which become black and white; None: by the range of their type.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -102,9 +131,8 @@ def decode(
             original = _reduce(image, enough)
             if image.width * image.height > _LARGE_PIXELS:
                 room.enter_context(_ALONE)
-            ImageOps.exif_transpose(image, in_place=True)
-            upright = to_rgb(image)
-            return upright, original or (upright.height, upright.width)
+            rgb, remarks = upright_rgb(image, values)
+            return Decoded(image=rgb, size=original or (rgb.height, rgb.width), remarks=remarks)
     except Image.DecompressionBombError as error:
         raise ImageError(f"is refused, for it may be a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
@@ -129,50 +157,53 @@ def _reduce(
     return size
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Bring any mode to RGB: 16 bits scaled down, transparency laid over white."""
+def upright_rgb(
+    image: Image.Image, values: ValueRange | None = None, stored: Stored | None = None
+) -> tuple[Image.Image, tuple[Remark, ...]]:
+    """Bring an image to RGB, as it is looked at.
+
+    Args:
+        image: It need not be decoded yet, and is left as it was but for that.
+        values: As for ``decode``.
+        stored: How its values are stored; None: as it says itself.
+
+    Raises:
+        ImageError: Hardly anything of it would be left in 8 bits.
+    """
+    # All that decoding forgets is asked before.
+    stored, undeclared = stored or stored_as(image), _has_undeclared_band(image)
+    upright = _upright(image)
+    if undeclared:
+        upright = upright.convert("RGB")
+    scale = scale_of(upright, stored, values)
+    remarks = scale.remarks if scale else ()
+    return to_rgb(upright, scale), (*remarks, *([_NO_ALPHA] if undeclared else []))
+
+
+def _upright(image: Image.Image) -> Image.Image:
     image.load()
-    if image.mode.startswith(("I", "F")):
-        scale = _wide_scale(image)
-        return _in_strips(lambda strip: _from_wide_range(strip, scale), image)
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def _has_undeclared_band(image: Image.Image) -> bool:
+    """Tell whether Pillow takes a fourth band for alpha of which its TIFF does not say so."""
+    tags = getattr(image, "tag_v2", None)
+    return image.mode == "RGBA" and tags is not None and not tags.get(_EXTRA_SAMPLES)
+
+
+def to_rgb(image: Image.Image, scale: Scale | None) -> Image.Image:
+    """Bring any mode to RGB: values scaled where asked for, transparency laid over white."""
+    if scale:
+        return in_strips(lambda strip: _opaque(scale.apply(strip)), image)
     if image.has_transparency_data:
-        return _in_strips(_over_white, image)
+        return in_strips(_opaque, image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yield the first row of each strip of an image, and the strip."""
-    rows = max(_STRIP_PIXELS // image.width, 1)
-    for top in range(0, image.height, rows):
-        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
-def _in_strips(convert: Callable[[Image.Image], Image.Image], image: Image.Image) -> Image.Image:
-    """Convert an image to RGB strip by strip: on the way, pixels take many times their memory."""
-    rgb = Image.new("RGB", image.size)
-    for top, strip in _strips(image):
-        rgb.paste(convert(strip), (0, top))
-    return rgb
-
-
-def _over_white(image: Image.Image) -> Image.Image:
+def _opaque(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
-
-
-def _wide_scale(image: Image.Image) -> float:
-    """Choose what brings wide values to 0 … 255: floats up to 1 by that, integers by 16 bits'."""
-    highest = max(_finite(strip).max(initial=0) for _, strip in _strips(image))
-    if image.mode == "F":
-        return 255 if highest <= 1 else 1
-    return 1 / 257 if highest > 255 or image.mode.startswith("I;16") else 1
-
-
-def _from_wide_range(image: Image.Image, scale: float) -> Image.Image:
-    values = np.clip(_finite(image), 0, 255 / scale) * scale  # this way round nothing overflows
-    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
-
-
-def _finite(image: Image.Image) -> NDArray[np.float32]:
-    return np.nan_to_num(np.asarray(image).astype(np.float32), copy=False)

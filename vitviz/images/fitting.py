@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from vitviz.options import Fit
+from vitviz.options import Fit, ValueRange
 
 __all__ = ["InputTransform", "GAP", "Region", "native_size"]
 
@@ -45,6 +45,7 @@ class InputTransform:
         patch: (height, width) of a patch.
         resample: Pillow's filter.
         crop_pct: Share of the resized image that a crop keeps.
+        values: Which values become black and white; None: by the range of their type.
     """
 
     fit: Fit
@@ -52,6 +53,7 @@ class InputTransform:
     patch: tuple[int, int]
     resample: Image.Resampling
     crop_pct: float
+    values: ValueRange | None = None
 
     def apply(
         self, image: Image.Image, original: tuple[int, int] | None = None

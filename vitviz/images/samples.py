@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vitviz.errors import ImageError
-from vitviz.images.decoding import ImageFile, decode, to_rgb
+from vitviz.images.decoding import Decoded, ImageFile, decode, upright_rgb
 from vitviz.images.fitting import GAP, InputTransform, Region
+from vitviz.images.remarks import Remark
 from vitviz.images.sources import Source
+from vitviz.images.values import stored_in
 
 __all__ = ["ImageSample", "load_sample", "sample_of"]
 
@@ -36,6 +38,7 @@ class ImageSample:
         region: Where on the picture the pixels lie.
         picture: (height, width, 3) RGB, the original upright, at most ``max_size`` long.
         size: (height, width) of the original upright.
+        remarks: What people should know of it.
     """
 
     source: Source
@@ -44,6 +47,7 @@ class ImageSample:
     region: Region
     picture: Pixels
     size: tuple[int, int]
+    remarks: tuple[Remark, ...] = ()
 
     def __repr__(self) -> str:
         """Say which image it is, without its pixels."""
@@ -69,11 +73,11 @@ def load_sample(file: ImageFile, frame: InputTransform, max_size: int) -> ImageS
         return _picture_size(size, max_size)
 
     with ExitStack() as room:
-        image, original = decode(file.content, enough, room)
-        size = _picture_size(original, max_size)
-        suffices = image.height >= size[0] and image.width >= size[1]
-        picture = image if suffices else decode(file.content, large, room)[0]
-        return _sample(file.source, file.digest, image, frame, _scaled(picture, size), original)
+        decoded = decode(file.content, enough, room, frame.values)
+        image, size = decoded.image, _picture_size(decoded.size, max_size)
+        if image.height < size[0] or image.width < size[1]:
+            image = decode(file.content, large, room, frame.values).image
+        return _sample(file.source, file.digest, decoded, frame, _scaled(image, size))
 
 
 def sample_of(
@@ -82,7 +86,8 @@ def sample_of(
     """Fit an image that is already in memory.
 
     Args:
-        image: A Pillow image, or an array (height, width[, 3 or 4]) of uint8.
+        image: A Pillow image, or an array (height, width[, 3 or 4]) of uint8, or
+            (height, width) of other numbers.
         name: What to call it.
         frame: How to fit it.
         max_size: Longest side of its picture.
@@ -90,36 +95,38 @@ def sample_of(
     Raises:
         ImageError: Its mode or shape is none that Pillow knows.
     """
+    stored = None
     if not isinstance(image, Image.Image):
         try:
+            stored = stored_in(np.asarray(image))
             image = Image.fromarray(np.asarray(image))
         except (TypeError, ValueError) as error:
             raise ImageError(f"{name}: expected (height, width, 3) uint8 RGB: {error}") from error
     if not image.width or not image.height:
         raise ImageError(f"{name} has no pixels")
-    rgb = to_rgb(ImageOps.exif_transpose(image))
-    source = Source(path=Path(name), key=name)
-    size = (rgb.height, rgb.width)
-    picture = _scaled(rgb, _picture_size(size, max_size))
-    return _sample(source, hashlib.sha256(rgb.tobytes()).hexdigest(), rgb, frame, picture, size)
+    rgb, remarks = upright_rgb(image, frame.values, stored)
+    decoded = Decoded(image=rgb, size=(rgb.height, rgb.width), remarks=remarks)
+    source, digest = Source(path=Path(name), key=name), hashlib.sha256(rgb.tobytes()).hexdigest()
+    picture = _scaled(rgb, _picture_size(decoded.size, max_size))
+    return _sample(source, digest, decoded, frame, picture)
 
 
 def _sample(
     source: Source,
     digest: str,
-    image: Image.Image,
+    decoded: Decoded,
     frame: InputTransform,
     picture: Image.Image,
-    size: tuple[int, int],
 ) -> ImageSample:
-    fitted, region = frame.apply(image, size)
+    fitted, region = frame.apply(decoded.image, decoded.size)
     return ImageSample(
         source=source,
         digest=digest,
         pixels=np.asarray(fitted),
         region=region,
         picture=np.asarray(picture),
-        size=size,
+        size=decoded.size,
+        remarks=decoded.remarks,
     )
 
 

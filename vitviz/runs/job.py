@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitviz.methods.method import Method
 from vitviz.methods.rollout import Rollout
-from vitviz.options import Fit, PictureOptions, require_counts
+from vitviz.options import Fit, PictureOptions, ValueRange, require_counts
 
 __all__ = ["Job"]
 
@@ -20,6 +20,8 @@ class Job:
         method: How maps are computed.
         pictures: How they become files.
         fit: How images are brought to the model's size.
+        value_range: Which values of pixels become black and white; None: by the range of their
+            type.
         output: Folder to write to.
         skip_existing: Leave out images whose files are there, made by the same recipe.
         batch_size: Images run at once; None: chosen by the number of tokens.
@@ -29,6 +31,7 @@ class Job:
     method: Method = Rollout()
     pictures: PictureOptions = PictureOptions()
     fit: Fit = Fit.SQUASH
+    value_range: ValueRange | None = None
     output: Path = Path("vitviz-out")
     skip_existing: bool = False
     batch_size: int | None = None

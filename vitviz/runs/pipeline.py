@@ -7,15 +7,12 @@ full batches, threads draw and write. Each holds only a bounded number of images
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from vitviz.errors import ImageError, OutputError
 from vitviz.explaining.batch import class_requests
-from vitviz.explaining.explanation import Caveat
 from vitviz.explaining.samples import (
     Explained,
     Failed,
@@ -25,6 +22,7 @@ from vitviz.explaining.samples import (
 )
 from vitviz.images.decoding import read_file
 from vitviz.images.fitting import InputTransform
+from vitviz.images.remarks import Remark, Tally
 from vitviz.images.samples import ImageSample, load_sample
 from vitviz.images.sources import Source
 from vitviz.models.model import Model
@@ -66,7 +64,7 @@ def run(
     requests = tuple(request.key for request in class_requests(model, job.method)) or (None,)
     if job.fit is not Fit.NATIVE:  # there, each shape has a grid of its own
         job.method.require_grid(model.layout.grid)
-    transform = input_transform(model, job.fit)
+    transform = input_transform(model, job.fit, job.value_range)
     writer = Writer(model=model.record, job=job, requests=requests)
     writer.refuse_overwriting(sources)
     sweep({job.output, *(path.parent for each in sources for path, _, _ in writer.files(each))})
@@ -85,18 +83,17 @@ def run(
 def count_caveats(
     items: Iterable[Explained | _Other], warn: Callable[[str], None]
 ) -> Iterator[Explained | _Other]:
-    """Pass items on, and say at the end, once for each reason, how many maps may mislead."""
-    counts: Counter[Caveat] = Counter()
-    first: dict[Caveat, Path] = {}
+    """Pass items on, and say at the end, once for each reason, what may mislead in how many."""
+    tally = Tally()
     for item in items:
-        for explanation in item.maps if isinstance(item, Explained) else ():
-            for caveat in explanation.diagnostics.caveats() if explanation.diagnostics else ():
-                counts[caveat] += 1
-                first.setdefault(caveat, explanation.sample.source.path)
+        if isinstance(item, Explained):
+            path = item.sample.source.path
+            tally.add(item.sample.remarks, "image", path)
+            for explanation in item.maps:
+                found = explanation.diagnostics.caveats() if explanation.diagnostics else ()
+                tally.add((Remark(*caveat.value) for caveat in found), "map", path)
         yield item
-    for caveat, count in counts.items():
-        (what, why), maps = caveat.value, "1 map" if count == 1 else f"{count} maps"
-        warn(f"{what} in {maps}, the first of {first[caveat]}: {why}")
+    tally.tell(warn)
 
 
 def _prepare(writer: Writer, transform: InputTransform, source: Source) -> ImageSample | Result:

@@ -1,0 +1,52 @@
+"""What people should know of images that are explained all the same, and how it is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Remark", "Tally"]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something to know of an image, or of a map of it.
+
+    Attributes:
+        what: What it is about, the same for all images; these are counted.
+        why: Why that is, or what to do; told of the first one.
+    """
+
+    what: str
+    why: str
+
+
+class Tally:
+    """Counts remarks, to tell each once."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._first: dict[tuple[str, str], tuple[Path, str]] = {}
+
+    def add(self, remarks: Iterable[Remark], unit: str, path: Path) -> None:
+        """Count remarks.
+
+        Args:
+            remarks: Of one image or map.
+            unit: "image" or "map".
+            path: The image.
+        """
+        for remark in remarks:
+            key = (remark.what, unit)
+            self._counts[key] += 1
+            self._first.setdefault(key, (path, remark.why))
+
+    def tell(self, warn: Callable[[str], None]) -> None:
+        """Say once for each reason how many there were, and which was the first."""
+        for (what, unit), count in self._counts.items():
+            path, why = self._first[what, unit]
+            units = f"1 {unit}" if count == 1 else f"{count} {unit}s"
+            warn(f"{what} in {units}, the first of {path}: {why}")
