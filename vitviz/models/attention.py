@@ -25,8 +25,8 @@ class AttentionRecord:
             differentiated through.
         bias: Added to the scores, broadcastable to (batch, heads, queries, keys), or None.
         scale: Factor on the scores.
-        projection: (channels, heads · value_dim), the weight that joins the heads of the output;
-            None where it was not seen.
+        projection: (channels, heads · value_dim), the matrix that joins the heads of the output;
+            None where there is none to be found.
     """
 
     query: Tensor
@@ -141,8 +141,8 @@ def _projected_norms(value: Tensor | None, projection: Tensor | None) -> Tensor:
     """Norm (batch, keys) of values (batch, heads, keys, value_dim) behind a projection."""
     if value is None or projection is None:
         raise CaptureError(
-            "did not see what attention multiplies its values with, so they cannot be weighed; "
-            "try relevance --classic, or grad-rollout"
+            "found no matrix that attention multiplies its values with (a linear layer, or what "
+            "amounts to one), so they cannot be weighed; try relevance --classic, or grad-rollout"
         )
     joined = at_least_float32(value).transpose(1, 2).flatten(2)
     norms: Tensor = F.linear(joined, at_least_float32(projection)).norm(dim=-1)

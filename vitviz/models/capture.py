@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 from vitviz.errors import CaptureError
 from vitviz.models.attention import Attention, AttentionRecord, MaterializedAttention
 from vitviz.models.prepared import prepared
+from vitviz.models.projections import Joining
+from vitviz.models.structure import blocks_of
 
 __all__ = ["AttentionCapture", "output_gradients", "own_attention"]
 
@@ -80,6 +82,10 @@ class AttentionCapture:
                 stack.callback(block.register_forward_pre_hook(self._enter_block).remove)
             for block in self._blocks[-1:]:
                 stack.callback(block.register_forward_hook(self._leave_blocks).remove)
+            # Values are weighed with what the module that attends does to them until it ends.
+            for module in self._module.modules() if self._first_gradient is not None else ():
+                stack.callback(module.register_forward_pre_hook(self._begin_module).remove)
+                stack.callback(module.register_forward_hook(self._end_module).remove)
             stack.enter_context(self.recording())
             self._stack = stack.pop_all()
         return self
@@ -100,11 +106,12 @@ class AttentionCapture:
             yield
             return
         self._of_thread.records, self._of_thread.tokens = [], []
+        self._of_thread.begun, self._of_thread.joining = {}, None
         try:
             with _CallMode(self):
                 yield
         finally:
-            del self._of_thread.records, self._of_thread.tokens
+            vars(self._of_thread).clear()
 
     @property
     def _is_recording(self) -> bool:
@@ -173,6 +180,8 @@ class AttentionCapture:
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
             )
         )
+        if self._is_recording:
+            self._of_thread.joining = None if differentiable is None else Joining(differentiable)
         return output
 
     def _record_given(self, module: nn.Module, inputs: object, attention: Tensor) -> Tensor | None:
@@ -186,19 +195,38 @@ class AttentionCapture:
             return torch.eye(attention.shape[-1]).to(attention).expand_as(attention)
         return None
 
-    def _record_value(self, attention: Tensor, other: Tensor) -> None:
+    def _record_value(self, attention: Tensor, other: Tensor, *, product: Tensor) -> None:
         """Add to a record of given attention what it is multiplied with."""
         last = self._records[-1] if self._records else None
         if isinstance(last, MaterializedAttention) and attention is last.output:
             self._records[-1] = replace(last, value=other.detach())
+            self._of_thread.joining = Joining(product)
 
-    def _record_projection(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Add to the last record the layer that its output enters with its heads side by side."""
-        last = self._records[-1] if self._records else None
-        if last is None or last.value is None or last.projection is not None:
+    def _record_layer(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, product: Tensor
+    ) -> None:
+        """Take note of a linear layer, which may be the one that joins heads."""
+        if self._is_recording and self._of_thread.joining is not None:
+            self._of_thread.joining.see(input, weight, product)
+
+    def _begin_module(self, module: nn.Module, inputs: object) -> None:
+        if self._is_recording:
+            self._of_thread.begun[module] = len(self._records)
+
+    def _end_module(self, module: nn.Module, inputs: object, output: object) -> None:
+        """Add to the last record what its heads are joined with, if this module attended."""
+        if not self._is_recording:
             return
-        if input.shape[-1] == last.shape[1] * last.value.shape[-1]:
-            self._records[-1] = replace(last, projection=weight.detach())
+        attended = self._of_thread.begun.pop(module, None) == len(self._records) - 1
+        joining = self._of_thread.joining
+        if not attended or joining is None:
+            return
+        self._of_thread.joining = None
+        given = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(given, Tensor):
+            whole = any(module is block for block in blocks_of(self._module))
+            matrix = joining.matrix(given, with_residual=whole)
+            self._records[-1] = replace(self._records[-1], projection=matrix)
 
     def _keep(self, record: Attention) -> None:
         (self._on_record or self._records.append)(record)
@@ -265,11 +293,12 @@ class _CallMode(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             call = partial(func, *args, **kwargs)
             return self._capture._record_call(call, _SdpaArguments(*args, **kwargs))
+        product = func(*args, **kwargs)
         if func is F.linear:
-            self._capture._record_projection(*args, **kwargs)
-        elif func is Tensor.matmul:
-            self._capture._record_value(*args, **kwargs)
-        return func(*args, **kwargs)
+            self._capture._record_layer(*args, **kwargs, product=product)
+        elif func in (Tensor.matmul, torch.matmul):
+            self._capture._record_value(*args, **kwargs, product=product)
+        return product
 
 
 def _own_values(query: Tensor, value: Tensor) -> Tensor:
