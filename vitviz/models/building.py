@@ -17,9 +17,10 @@ from torch import nn
 
 import vitviz
 from vitviz.errors import ModelError, WeightsError, first_line
-from vitviz.models.checkpoints import WEIGHT_FILES, Checkpoint, mismatch, read_checkpoint
+from vitviz.models.checkpoints import Checkpoint, mismatch, read_checkpoint
 from vitviz.models.hub import fetch_from_hub, require_answer
 from vitviz.models.names import FACTORY
+from vitviz.models.weight_files import WeightFile, find_weights
 
 __all__ = ["LoadedModule", "build_model", "build_skeleton"]
 
@@ -78,7 +79,7 @@ def build_skeleton(
 def build_model(
     name: str,
     skeleton: nn.Module,
-    weights: Path | None,
+    weights: WeightFile | None,
     img_size: tuple[int, int] | None = None,
     *,
     native: bool = False,
@@ -106,13 +107,13 @@ def build_model(
         return LoadedModule(
             module=module,
             name=full_name,
-            weights=str(weights),
+            weights=str(weights.path),
             multi_label=multi_label,
             notes=tuple(notes),
         )
     notes = []
     if config.get("source") == "local-dir":
-        file = _folder_weights(name, Path(config["file"]))
+        file = WeightFile(_folder_weights(name, Path(config["file"])))
         module, notes = _from_file(file, _local(name), skeleton, arguments)
     else:
         source = _pretrained_source(config, full_name)
@@ -127,13 +128,12 @@ def build_model(
 
 
 def _from_file(
-    path: Path, name: str, skeleton: nn.Module, arguments: dict[str, Any]
+    file: WeightFile, name: str, skeleton: nn.Module, arguments: dict[str, Any]
 ) -> tuple[nn.Module, list[str]]:
     """Build a model with the weights of a file; return what should be said about them, too."""
-    checkpoint = read_checkpoint(path)
-    notes = [f"{path}: {change}" for change in _resized(path, checkpoint.tensors, skeleton)]
-    if checkpoint.is_ema:
-        notes.append(f"{path}: taking its averaged (EMA) weights")
+    path, checkpoint = file.path, read_checkpoint(file, skeleton)
+    said = [checkpoint.unwrapped, *_resized(path, checkpoint.tensors, skeleton)]
+    notes = [f"{path}: {each}" for each in said if each]
     num_classes = _head_size(checkpoint.tensors, _config(skeleton))
     overlay = {
         "state_dict": checkpoint.tensors,
@@ -187,15 +187,16 @@ def _call_factory(name: str, arguments: dict[str, Any]) -> nn.Module:
     return module
 
 
-def _finish_factory(name: str, module: nn.Module, weights: Path | None) -> LoadedModule:
+def _finish_factory(name: str, module: nn.Module, weights: WeightFile | None) -> LoadedModule:
     if weights is None:
         return LoadedModule(module=module, name=name, weights="given")
-    checkpoint = read_checkpoint(weights)
+    path, checkpoint = weights.path, read_checkpoint(weights, module)
     try:
         module.load_state_dict(checkpoint.tensors)
     except RuntimeError as error:
-        raise _misfit(weights, checkpoint, module) from error
-    return LoadedModule(module=module, name=name, weights=str(weights))
+        raise _misfit(path, checkpoint, module) from error
+    notes = (f"{path}: {checkpoint.unwrapped}",) if checkpoint.unwrapped else ()
+    return LoadedModule(module=module, name=name, weights=str(path), notes=notes)
 
 
 def _config(module: nn.Module) -> dict[str, Any]:
@@ -266,8 +267,7 @@ def _folder_weights(name: str, folder: Path) -> Path:
     """
     if name.startswith("hf-hub:"):
         return fetch_from_hub(name.removeprefix("hf-hub:"), None)
-    files = [folder / file for file in WEIGHT_FILES] + sorted(folder.glob("*.safetensors"))
-    if found := next((file for file in files if file.is_file()), None):
+    if found := find_weights(folder):
         return found
     raise WeightsError(
         f"{folder} has no weights (model.safetensors, say); give a file with --weights FILE"

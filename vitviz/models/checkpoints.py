@@ -1,42 +1,20 @@
-"""Reading, checking and naming weights files.
-
-Pickled code is never run: torch checkpoints are read with ``weights_only=True``.
-"""
+"""Checkpoints: the tensors of one model from a weights file, checked; opens no file itself."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitviz.errors import WeightsError, first_line
+from vitviz.errors import WeightsError
+from vitviz.models.unwrapping import unwrap
+from vitviz.models.weight_files import WeightFile
 
-__all__ = [
-    "Checkpoint",
-    "WEIGHT_FILES",
-    "digest_weights",
-    "mismatch",
-    "read_checkpoint",
-    "require_finite",
-]
-
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-"""What weights are called in model folders, the safest first."""
-_EMA_KEYS = ("state_dict_ema", "model_ema")
-_STATE_KEYS = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("_orig_mod.", "module.", "model.")
-_MOST_WRAPPINGS = 8
-_MOST_EXPANSION = 16  # times its file that a checkpoint may fill; torch itself compresses nothing
+__all__ = ["Checkpoint", "digest_weights", "mismatch", "read_checkpoint", "require_finite"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,31 +24,30 @@ class Checkpoint:
     Attributes:
         tensors: By parameter name.
         is_ema: Whether the file held an averaged copy beside the raw weights, which was taken.
+        unwrapped: What was taken off and left out, in one line; empty where nothing was.
     """
 
     tensors: dict[str, Tensor]
     is_ema: bool
+    unwrapped: str = ""
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a safetensors file or a torch checkpoint, and unwrap what trainers wrap around it.
+def read_checkpoint(weights: Path | WeightFile, module: nn.Module | None = None) -> Checkpoint:
+    """Read a weights file, and unwrap what trainers wrap around a model.
+
+    Args:
+        weights: The file.
+        module: The model that is to get the tensors, if it is known.
 
     Raises:
-        WeightsError: The file is missing, damaged, holds code, or holds no tensors.
+        WeightsError: The file is missing, damaged, holds code, no tensors or no single model.
     """
-    if not path.is_file():
-        raise WeightsError(f"--weights {path} is not a file; give a .safetensors, .pth or .pt file")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    wrapped, is_ema = _unwrap(content)
-    tensors = {
-        name: tensor
-        for name, tensor in wrapped.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
-    if not tensors:
-        raise WeightsError(f"{path} holds no tensors; expected a model's state dict")
-    _check_tensors(path, tensors)
-    return Checkpoint(tensors=_strip_prefixes(tensors), is_ema=is_ema)
+    file = weights if isinstance(weights, WeightFile) else WeightFile(weights)
+    expected = {} if module is None else dict(module.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    found = unwrap(file.content, str(file.path), shapes)
+    _check_tensors(file, found.tensors)
+    return Checkpoint(tensors=found.tensors, is_ema=found.is_average, unwrapped=found.describe())
 
 
 def mismatch(tensors: Mapping[str, Tensor], module: nn.Module) -> str:
@@ -122,60 +99,7 @@ def digest_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    import safetensors
-    import safetensors.torch
-
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
-    except Exception as error:  # a header may promise anything
-        raise WeightsError(
-            f"{path} is no readable safetensors file: {first_line(error)}"
-        ) from error
-    return tensors
-
-
-def _read_torch(path: Path) -> Mapping[str, Any]:
-    _refuse_bomb(path)
-    try:
-        # timm's training script stores its arguments as a Namespace, which is data alone.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} is no plain torch checkpoint: it is damaged, or holds Python "
-            "objects beside tensors, which are never loaded since loading them can run code; "
-            "save model.state_dict() alone, as .safetensors best of all"
-        ) from error
-    except Exception as error:  # damaged pickles make their reader raise almost anything
-        raise WeightsError(
-            f"{path} is no readable torch checkpoint ({first_line(error)})"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise WeightsError(
-            f"{path} holds a {type(content).__name__}; expected a model's state dict"
-        )
-    return content
-
-
-def _refuse_bomb(path: Path) -> None:
-    """Refuse an archive that unpacks to many times its size, before anything is unpacked.
-
-    Raises:
-        WeightsError: It does, or its directory cannot be read.
-    """
-    try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise WeightsError(f"{path} is a damaged archive ({first_line(error)})") from error
-    _check_size(path, unpacked)
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(file: WeightFile, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are no plain numbers, and those whose shape promises more than is there.
 
     Raises:
@@ -185,29 +109,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
         if not plain or tensor.is_complex():
             kind = "without data" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
-            raise WeightsError(f"{path}: {name} is {kind}; expected a dense tensor of real numbers")
-    _check_size(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
-
-
-def _check_size(path: Path, size: int) -> None:
-    held = path.stat().st_size
-    if size > _MOST_EXPANSION * held:
-        raise WeightsError(f"{path} has {held:,} bytes and would fill {size:,}: refused")
-
-
-def _unwrap(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    is_ema = False
-    for _ in range(_MOST_WRAPPINGS):  # a mapping may hold itself
-        inner = ((key, content.get(key)) for key in (*_EMA_KEYS, *_STATE_KEYS))
-        found = next(((k, v) for k, v in inner if isinstance(v, Mapping) and v), None)
-        if found is None:
-            break
-        is_ema, content = is_ema or found[0] in _EMA_KEYS, found[1]
-    return content, is_ema
-
-
-def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the prefixes that wrappers put before every name, in whatever order they nest."""
-    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in tensors)), None):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+            raise WeightsError(
+                f"{file.path}: {name} is {kind}; expected a dense tensor of real numbers"
+            )
+    file.check_size(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))

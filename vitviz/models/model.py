@@ -22,6 +22,7 @@ from vitviz.models.preprocessing import Preprocessing, preprocessing_of
 from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.record import ModelRecord, versions
 from vitviz.models.tokens import TokenLayout, read_layout
+from vitviz.models.weight_files import WeightFile
 from vitviz.options import Fit, Precision
 
 __all__ = ["Model", "load_model"]
@@ -159,7 +160,8 @@ def _build(
     skeleton = build_skeleton(name, img_size, native=fit is Fit.NATIVE)
     # What cannot work is refused before anything is downloaded.
     layout = read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
-    return build_model(name, skeleton, weights, img_size, native=fit is Fit.NATIVE), layout
+    file = WeightFile(weights) if weights else None
+    return build_model(name, skeleton, file, img_size, native=fit is Fit.NATIVE), layout
 
 
 def _proved(
