@@ -214,7 +214,8 @@ def draw_oddities(corpus: Corpus) -> None:
     corpus.put(corpus.good, "odd/real.png", encoded(picture(20, 30, 91), "PNG"))
     (folder / "empty-folder.png").mkdir()
     (folder / "loop").symlink_to(folder)
-    (folder / "z-link.png").symlink_to(folder / "real.png")  # seen already, so no file of its own
+    (folder / "z-link.png").symlink_to(folder / "real.png")
+    corpus.good.add(str(folder / "z-link.png"))  # a name of its own is an image of its own
     (folder / "self.png").symlink_to(folder / "self.png")
     (folder / "ring-a.png").symlink_to(folder / "ring-b.png")
     (folder / "broken.png").symlink_to(folder / "gone.png")

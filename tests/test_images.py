@@ -144,11 +144,16 @@ def test_glob_that_matches_folders_takes_them_in_as_a_shell_would(here: Path) ->
     assert keys("p/*") == ["p/day1/a.png", "p/day2/b.png"]
 
 
-def test_file_reached_twice_runs_once(here: Path) -> None:
+def test_path_reached_twice_runs_once(here: Path) -> None:
+    touch(here, "p/a.png")
+    assert keys("p/a.png", "p", "p/*.png", "./p/../p/a.png", str(here / "p")) == ["p/a.png"]
+
+
+def test_two_names_of_one_file_are_two_images(here: Path) -> None:
     touch(here, "p/a.png")
     (here / "link.png").symlink_to(here / "p/a.png")
     (here / "way").symlink_to(here / "p")
-    assert keys("p/a.png", "p", "p/*.png", "./p/../p/a.png", "link.png", "way") == ["p/a.png"]
+    assert keys("p", "link.png", "way") == ["p/a.png", "link.png", "way/a.png"]
 
 
 def test_hidden_files_and_folders_are_passed_over(here: Path) -> None:

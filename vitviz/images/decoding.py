@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import stat
 import threading
 from collections.abc import Callable
@@ -66,6 +67,8 @@ def require_readable(source: Source) -> int:
     """
     try:
         status = source.path.stat()
+        if stat.S_ISDIR(status.st_mode):  # may be here because it could not be looked into
+            os.scandir(source.path).close()
         if not stat.S_ISREG(status.st_mode):  # a pipe would make us wait for ever
             raise ImageError("is not a regular file")
         if status.st_size > _FILE_BYTES:

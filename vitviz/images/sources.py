@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ SUFFIXES = frozenset(
     + (".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 )
 """Endings that make a file in a folder an image; a file named by itself may have any."""
+
+_NAMES = 100  # of one folder, by links: in a maze of links they double with every step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +40,13 @@ class Source:
 def find_sources(
     arguments: Iterable[str | Path], *, skip: Callable[[Path], bool] = lambda path: False
 ) -> tuple[list[Source], list[str]]:
-    """Turn files, folders and globs into images, in order, each file once.
+    """Turn files, folders and globs into images, in order, each path once.
+
+    Two names of one file, by links, are two images.
 
     Args:
         arguments: As typed; a ``Path`` is never a glob. What does not exist is taken for a file
-            and fails when it is read.
+            and fails when it is read, as a folder does that cannot be looked into.
         skip: Tells of an image found in a folder or by a glob that it is not to be taken.
 
     Returns:
@@ -49,14 +55,14 @@ def find_sources(
     Raises:
         SourceError: Two files would write the same outputs.
     """
-    by_file: dict[str, Source] = {}
+    by_path: dict[Path, Source] = {}
     by_key: dict[str, Source] = {}
     fruitless = []
     for argument in arguments:
         found = False
         for path, root in _expand(argument, skip):
             found = True
-            if (file := identity(path)) in by_file:
+            if (absolute := _absolute(path)) in by_path:
                 continue
             source = Source(path=path, key=_key(path, root))
             if other := by_key.get(source.key):
@@ -64,10 +70,10 @@ def find_sources(
                     f"{other.path} and {path} would both be written as {source.key}; "
                     "explain them in two calls with different --output folders"
                 )
-            by_file[file] = by_key[source.key] = source
+            by_path[absolute] = by_key[source.key] = source
         if not found:
             fruitless.append(str(argument))
-    return list(by_file.values()), fruitless
+    return list(by_path.values()), fruitless
 
 
 def _expand(argument: str | Path, skip: Callable[[Path], bool]) -> Iterator[tuple[Path, Path]]:
@@ -76,29 +82,132 @@ def _expand(argument: str | Path, skip: Callable[[Path], bool]) -> Iterator[tupl
     if argument == "":
         return
     if os.path.isdir(argument):  # noqa: PTH112 (has an answer for every name)
-        yield from _inside(path, _absolute(path).parent, skip)
+        yield from ((each, _absolute(path).parent) for each in _inside(path, skip))
     elif isinstance(argument, str) and glob.has_magic(argument) and not os.path.lexists(argument):
-        root = _fixed_part(path)
-        for match in sorted(glob.glob(argument, recursive=True)):  # noqa: PTH207 (any pattern)
-            if os.path.isdir(match):  # noqa: PTH112
-                if "**" not in argument:  # which has walked into it already
-                    yield from _inside(Path(match), root, skip)
-            elif _is_image(Path(match)) and not skip(Path(match)):
-                yield Path(match), root
+        fixed = _fixed_part(path)
+        pattern = path.parts[len(fixed.parts) :]
+        walked = "**" in pattern[:-1]  # into all that matches, already
+        for match, closed in sorted(set(_matches(fixed, pattern)), key=lambda each: str(each[0])):
+            if os.path.isdir(match) and not closed:  # noqa: PTH112
+                inside = () if walked else _inside(match, skip)
+                yield from ((each, _absolute(fixed)) for each in inside)
+            elif closed or (_is_image(match) and not skip(match)):
+                yield match, _absolute(fixed)
     else:
         yield path, _absolute(path).parent
 
 
-def _inside(folder: Path, root: Path, skip: Callable[[Path], bool]) -> Iterator[tuple[Path, Path]]:
+def _inside(top: Path, skip: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield the images below a folder in a fixed order; hidden files and folders are passed over.
 
-    Links to folders are not followed, so that loops cannot arise.
+    What cannot be looked into stays among them, to fail when it is read: what it holds is missing.
     """
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(parent, name) for name in sorted(files)):
-            if not path.name.startswith(".") and _is_image(path) and not skip(path):
-                yield path, root
+    for folder, files in _folders(top):
+        if files is None:
+            yield folder
+        else:
+            yield from (each for each in files if not skip(each))
+
+
+def _folders(top: Path) -> Iterator[tuple[Path, list[Path] | None]]:
+    """Yield a folder and those below it, each with its images; None for one that is closed to us.
+
+    Links to folders are followed, except those into a folder that contains them. A stack, since
+    folders can lie deeper than calls.
+
+    Raises:
+        SourceError: Links multiply the names of a folder without end.
+    """
+    pending: list[tuple[Path, frozenset[tuple[int, int]]]] = [(top, frozenset())]
+    names: Counter[tuple[int, int]] = Counter()
+    while pending:
+        folder, above = pending.pop()
+        try:
+            status = folder.stat()
+            own = (status.st_dev, status.st_ino)
+            if own in above:
+                continue
+            entries = _entries(folder)
+        except OSError:
+            yield folder, None
+            continue
+        names[own] += 1
+        if names[own] > _NAMES:
+            raise SourceError(
+                f"links in {top} lead to one folder by more than {_NAMES} names, {folder} among "
+                "them; give the folders that you mean"
+            )
+        shown = [(folder / each.name, each) for each in entries if not each.name.startswith(".")]
+        below = [path for path, each in shown if _is_folder(each)]
+        yield folder, [p for p, e in shown if not _is_folder(e) and (_is_image(p) or _is_lost(e))]
+        pending += ((path, above | {own}) for path in reversed(below))
+
+
+def _matches(folder: Path, pattern: tuple[str, ...]) -> Iterator[tuple[Path, bool]]:
+    """Yield what a glob matches below a folder, and, marked, what is closed to it.
+
+    Python's own passes over what it may not read, and follows links that lead back up.
+    """
+    part, *rest = pattern
+    if part == "**":
+        for each, files in _folders(folder) if folder.is_dir() else ():
+            if files is None:
+                yield each, True
+            elif rest:
+                yield from _matches(each, tuple(rest))
+        if not rest:
+            yield folder, False
+    elif glob.has_magic(part):
+        for path, entry in _named(folder, part):
+            if entry is None or (rest and _is_lost(entry)):
+                yield path, True
+            elif not rest:
+                yield path, False
+            elif _is_folder(entry):
+                yield from _matches(path, tuple(rest))
+    elif rest:
+        yield from _matches(folder / part, tuple(rest))
+    else:
+        try:
+            (folder / part).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError:
+            yield folder / part, True
+        else:
+            yield folder / part, False
+
+
+def _named(folder: Path, pattern: str) -> Iterator[tuple[Path, os.DirEntry[str] | None]]:
+    """Yield the entries of a folder that match; the folder itself, without one, if it is closed."""
+    try:
+        entries = _entries(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError:
+        yield folder, None
+        return
+    for each in entries:
+        hidden = each.name.startswith(".") and not pattern.startswith(".")
+        if not hidden and fnmatch.fnmatch(each.name, pattern):
+            yield folder / each.name, each
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_lost(entry: os.DirEntry[str]) -> bool:
+    """Tell of a link that leads nowhere, or where we may not look, whether a folder is meant."""
+    return entry.is_symlink() and "." not in entry.name and not os.path.exists(entry)  # noqa: PTH110
 
 
 def _is_image(path: Path) -> bool:
@@ -121,12 +230,8 @@ def _absolute(path: Path) -> Path:
 
 def _fixed_part(pattern: Path) -> Path:
     """Return the folder that a glob starts from: its parts before the first wildcard."""
-    fixed = Path()
-    for part in pattern.parts:
-        if glob.has_magic(part):
-            break
-        fixed /= part
-    return _absolute(fixed)
+    magic = next(index for index, part in enumerate(pattern.parts) if glob.has_magic(part))
+    return Path(*pattern.parts[:magic])
 
 
 def _key(path: Path, root: Path) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,18 @@ class Writer:
     requests: tuple[str | None, ...]
 
     def refuse_overwriting(self, sources: Sequence[Source]) -> None:
-        """Make sure that no output is a source, by whatever name."""
+        """Make sure that no output is a source, by whatever name, nor that of another source."""
         taken = {_file_at(source.path) for source in sources} - {None}
+        folder_of = cache(os.path.realpath)
+        makers: dict[tuple[str, str], Source] = {}
         for source in sources:
             for path, _, _ in self.files(source):
+                other = makers.setdefault((folder_of(path.parent), path.name), source)
+                if other is not source:
+                    raise SourceError(
+                        f"the maps of {other.path} and {source.path} would be one file, since "
+                        "links lead to one folder; choose another --output folder"
+                    )
                 if _file_at(path) in taken:
                     raise SourceError(
                         f"the map of {source.path} would overwrite the source {path}; "
