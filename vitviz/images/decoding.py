@@ -7,19 +7,28 @@ import io
 import os
 import stat
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vitviz.errors import ImageError
+from vitviz.images.metadata import orientation_of, without_metadata
 from vitviz.images.remarks import Remark
 from vitviz.images.sources import Source
 from vitviz.images.values import Scale, Stored, in_strips, scale_of, stored_as
 from vitviz.options import ValueRange
 
-__all__ = ["Decoded", "ImageFile", "decode", "read_file", "require_readable", "upright_rgb"]
+__all__ = [
+    "Decoded",
+    "ImageFile",
+    "decode",
+    "in_our_words",
+    "read_file",
+    "require_readable",
+    "upright_rgb",
+]
 
 _TURNS = {  # what undoes each orientation of EXIF
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -128,14 +137,36 @@ def decode(
         values: Which become black and white; None: by the range of their type.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.format in _UNSAFE:
-                raise ImageError(f"is {image.format}, which {_UNSAFE[image.format]}: refused")
-            original = _reduce(image, enough)
-            if image.width * image.height > _LARGE_PIXELS:
-                room.enter_context(_ALONE)
-            rgb, remarks = upright_rgb(image, values)
-            return Decoded(image=rgb, size=original or (rgb.height, rgb.width), remarks=remarks)
+        return _decode(content, enough, room, values)
+    except ImageError:
+        bare = without_metadata(content)  # pixels may be whole where Pillow stumbles over that
+        if bare is not None and bare != content:
+            with suppress(ImageError):
+                return _decode(bare, enough, room, values)
+        raise
+
+
+def _decode(
+    content: bytes,
+    enough: Callable[[tuple[int, int]], tuple[int, int]],
+    room: ExitStack,
+    values: ValueRange | None,
+) -> Decoded:
+    with in_our_words(), Image.open(io.BytesIO(content)) as image:
+        if image.format in _UNSAFE:
+            raise ImageError(f"is {image.format}, which {_UNSAFE[image.format]}: refused")
+        original = _reduce(image, enough)
+        if image.width * image.height > _LARGE_PIXELS:
+            room.enter_context(_ALONE)
+        rgb, remarks = upright_rgb(image, values)
+        return Decoded(image=rgb, size=original or (rgb.height, rgb.width), remarks=remarks)
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """Raise as ``ImageError`` whatever Pillow raises while it opens and decodes."""
+    try:
+        yield
     except Image.DecompressionBombError as error:
         raise ImageError(f"is refused, for it may be a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
@@ -153,7 +184,7 @@ def _reduce(
     """Let a JPEG that is not yet decoded come out smaller; return its upright (height, width)."""
     if image.format not in ("JPEG", "MPO"):
         return None
-    turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    turned = orientation_of(image) in _TURNED
     size = (image.width, image.height) if turned else (image.height, image.width)
     rows, cols = enough(size)
     image.draft(None, (rows, cols) if turned else (cols, rows))
@@ -185,7 +216,7 @@ def upright_rgb(
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    turn = _TURNS.get(orientation_of(image))
     return image if turn is None else image.transpose(turn)
 
 

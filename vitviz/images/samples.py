@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitviz.errors import ImageError
-from vitviz.images.decoding import Decoded, ImageFile, decode, upright_rgb
+from vitviz.images.decoding import Decoded, ImageFile, decode, in_our_words, upright_rgb
 from vitviz.images.fitting import GAP, InputTransform, Region
 from vitviz.images.remarks import Remark
 from vitviz.images.sources import Source
@@ -93,7 +93,7 @@ def sample_of(
         max_size: Longest side of its picture.
 
     Raises:
-        ImageError: Its mode or shape is none that Pillow knows.
+        ImageError: It is none, cannot be decoded, or hardly anything would be seen of it.
     """
     stored = None
     if not isinstance(image, Image.Image):
@@ -104,7 +104,11 @@ def sample_of(
             raise ImageError(f"{name}: expected (height, width, 3) uint8 RGB: {error}") from error
     if not image.width or not image.height:
         raise ImageError(f"{name} has no pixels")
-    rgb, remarks = upright_rgb(image, frame.values, stored)
+    try:
+        with in_our_words():
+            rgb, remarks = upright_rgb(image, frame.values, stored)
+    except ImageError as error:
+        raise ImageError(f"{name} {error}") from error
     decoded = Decoded(image=rgb, size=(rgb.height, rgb.width), remarks=remarks)
     source, digest = Source(path=Path(name), key=name), hashlib.sha256(rgb.tobytes()).hexdigest()
     picture = _scaled(rgb, _picture_size(decoded.size, max_size))
