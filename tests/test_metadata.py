@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 import vitviz
 from fixtures_io import picture, tiny_model
@@ -128,3 +131,93 @@ def test_closed_image_and_one_with_broken_exif_in_memory() -> None:
         vitviz.rollout(tiny_model(), [image])
     image = Image.open(io.BytesIO(png_with(BROKEN["exif-garbage"])))
     assert len(vitviz.rollout(tiny_model(), [image])) == 1
+
+
+# Several frames
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_several_frames_are_told_of_and_the_first_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue", "lime")]
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(kind, frames[0], save_all=True, append_images=frames[1:], **lossless)
+    found = sample(content)
+    assert tuple(found.picture[8, 8]) == (255, 0, 0)
+    assert [remark.what for remark in found.remarks] == ["several frames or pages"]
+    assert not sample(encoded(kind, frames[0], **lossless)).remarks
+
+
+def test_gif_whose_second_frame_is_broken_still_has_its_first() -> None:
+    frames = [picture(16, 16, seed) for seed in range(2)]
+    content = encoded("GIF", frames[0], save_all=True, append_images=frames[1:])
+    for length in range(len(content) * 6 // 10, len(content), 7):
+        assert sample(content[:length]).picture.shape == (16, 16, 3)
+
+
+def test_frames_are_told_of_once_a_run(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    frames = [picture(16, 16, seed) for seed in range(2)]
+    paths = [tmp_path / f"{number}.gif" for number in range(3)]
+    for path in paths:
+        path.write_bytes(encoded("GIF", frames[0], save_all=True, append_images=frames[1:]))
+    vitviz.rollout(tiny_model(), paths)
+    (told,) = [str(each.message) for each in recwarn if "frames" in str(each.message)]
+    assert told == (
+        f"several frames or pages in 3 images, the first of {paths[0]}: "
+        "only the first one of each is explained"
+    )
+
+
+# Formats that need another decoder
+
+
+def heif(brand: bytes = b"heic") -> bytes:
+    return struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1" + brand + bytes(64)
+
+
+@pytest.fixture
+def heif_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Stand in for pillow-heif: its opener reads any HEIC as a green picture."""
+    module = ModuleType("pillow_heif")
+
+    class Opener(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._size, self._mode, self.tile = (8, 6), "RGB", []
+            self.im = Image.new("RGB", (8, 6), "lime").im
+
+    def register() -> None:
+        Image.register_open("HEIF", Opener, lambda start: start[4:12] == b"ftypheic")
+
+    monkeypatch.setattr(Image, "ID", Image.ID.copy())
+    monkeypatch.setattr(Image, "OPEN", Image.OPEN.copy())
+    module.register_heif_opener = register  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    return module
+
+
+@pytest.mark.usefixtures("heif_module")
+def test_heic_is_read_where_pillow_heif_is_installed() -> None:
+    assert (sample(heif()).picture == (0, 255, 0)).all()
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1", b"hevc"])
+def test_heic_without_pillow_heif_says_what_to_install(
+    brand: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match="is HEIF .* pip install pillow-heif"):
+        sample(heif(brand))
+
+
+@pytest.mark.usefixtures("heif_module")
+def test_heic_that_pillow_heif_cannot_read_is_no_image() -> None:
+    with pytest.raises(ImageError, match="no image that Pillow can read"):
+        sample(heif(b"heix"))
+
+
+def test_avif_says_which_pillow_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "AVIF"])
+    monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "AVIF"})
+    with pytest.raises(ImageError, match=r"is AVIF, which Pillow reads from version 11\.3 on"):
+        sample(heif(b"avif"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 import threading
@@ -15,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vitviz.errors import ImageError
 from vitviz.images.metadata import orientation_of, without_metadata
+from vitviz.images.opening import has_frames, open_image
 from vitviz.images.remarks import Remark
 from vitviz.images.sources import Source
 from vitviz.images.values import Scale, Stored, in_strips, scale_of, stored_as
@@ -45,6 +45,7 @@ _FILE_BYTES = 1 << 30  # more than the largest picture that is not refused would
 _ALONE = threading.RLock()  # held by the thread that has a large image in memory
 _UNSAFE = {"EPS": "would run a program", "FITS": "may unpack to any size"}
 _EXTRA_SAMPLES = 338  # the tag of TIFF that says what a fourth band is
+_FRAMES = Remark("several frames or pages", "only the first one of each is explained")
 _NO_ALPHA = Remark(
     "a fourth band that is not declared as transparency", "left out; the other three are taken"
 )
@@ -152,13 +153,15 @@ def _decode(
     room: ExitStack,
     values: ValueRange | None,
 ) -> Decoded:
-    with in_our_words(), Image.open(io.BytesIO(content)) as image:
+    with in_our_words(), open_image(content) as image:
         if image.format in _UNSAFE:
             raise ImageError(f"is {image.format}, which {_UNSAFE[image.format]}: refused")
         original = _reduce(image, enough)
         if image.width * image.height > _LARGE_PIXELS:
             room.enter_context(_ALONE)
         rgb, remarks = upright_rgb(image, values)
+        if has_frames(content, image.format):
+            remarks = (*remarks, _FRAMES)
         return Decoded(image=rgb, size=original or (rgb.height, rgb.width), remarks=remarks)
 
 
