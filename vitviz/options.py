@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import operator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -19,7 +21,9 @@ __all__ = [
     "Precision",
     "ValueRange",
     "Word",
+    "real",
     "require_counts",
+    "whole",
 ]
 
 
@@ -32,7 +36,14 @@ class Word(str, Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> None:
-        raise OptionError(f"{value!r} is not one of {', '.join(cls)}")
+        raise OptionError(cls.refusal(value))
+
+    @classmethod
+    def refusal(cls, value: object) -> str:
+        """Say that a value is none of the words, and which one may be meant."""
+        near = difflib.get_close_matches(str(value).lower(), cls, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{value!r} is not one of {', '.join(cls)}{hint}"
 
 
 class HeadFusion(Word):
@@ -135,6 +146,9 @@ class PictureOptions:
         Raises:
             OptionError: A value is outside its range.
         """
+        alpha, max_size = real("--alpha", self.alpha), whole("--max-size", self.max_size)
+        object.__setattr__(self, "alpha", alpha)  # as NumPy's numbers are in no record
+        object.__setattr__(self, "max_size", max_size)
         if not 0 <= self.alpha <= 1:
             raise OptionError(f"--alpha is {self.alpha:g}; give the weight of the heat from 0 to 1")
         if self.max_size < 1:
@@ -211,6 +225,36 @@ class ValueRange:
 _RANGE_HINT = (
     "give LOW:HIGH with LOW below HIGH, as 0:4095, or percentiles of each image, as 1%:99%"
 )
+
+
+def whole(name: str, value: object) -> int:
+    """Read a whole number, of whatever kind of number Python users have: NumPy's, a tensor, 2.0.
+
+    Raises:
+        OptionError: It is none.
+    """
+    if not isinstance(value, (bool, str, bytes)):
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            number = real(name, value)
+        if number.is_integer():
+            return int(number)
+    raise OptionError(f"{name} is {value!r}; give a whole number")
+
+
+def real(name: str, value: object) -> float:
+    """Read a number, of whatever kind.
+
+    Raises:
+        OptionError: It is none.
+    """
+    if not isinstance(value, (bool, str, bytes)):
+        try:
+            return float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            pass
+    raise OptionError(f"{name} is {value!r}; give a number")
 
 
 def require_counts(batch_size: int | None, workers: int | None) -> None:

@@ -17,6 +17,7 @@ import vitviz
 from vitviz.cli.completion import complete_models
 from vitviz.cli.explaining import explain_images
 from vitviz.cli.leaving import complain, forget, until_reader_leaves
+from vitviz.cli.mistakes import describe_mistake, refuse_one_dash
 from vitviz.cli.options import (
     MODEL_HELP,
     EvaluationRun,
@@ -84,6 +85,11 @@ class _Quiet:
 
 class _Command(_Quiet, TyperCommand):
     """A command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of a command."""
+        refuse_one_dash(args, [option for each in self.params for option in each.opts])
+        return super().parse_args(ctx, args)
 
 
 class _Group(_Quiet, TyperGroup):
@@ -195,15 +201,6 @@ def _models(
                 typer.echo(line or f"{name}: {support.describe()}")
 
 
-def _usage(error: Any) -> str:
-    """Say how a command is used to which something is missing; nothing of other mistakes."""
-    if type(error).__name__ != "MissingParameter" or error.ctx is None:
-        return ""
-    command = error.ctx.command_path
-    example = (error.ctx.command.epilog or "").split("\n\n")[1].strip()
-    return f" Usage: {command} [OPTIONS] SOURCE...; for example: {example}; options: {command} -h"
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code.
 
@@ -213,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.exit(build_app()(args=arguments, prog_name="vitviz", standalone_mode=False) or 0)
     except _UsageError as error:
-        if message := error.format_message().strip():  # empty when help was shown instead
-            complain(message + _usage(error))
+        if message := describe_mistake(error, sys.argv[1:] if arguments is None else arguments):
+            complain(message)  # else help was shown instead
         sys.exit(2)
     except VitvizError as error:
         complain(str(error))

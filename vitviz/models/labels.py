@@ -16,6 +16,7 @@ from vitviz.errors import LabelError
 __all__ = ["ClassRequest", "Labels", "parse_requests", "read_labels"]
 
 
+_FEW = 20  # labels: so many are told in one line
 _RANKS = re.compile(r"top([1-9]\d*)", re.IGNORECASE)
 
 
@@ -69,6 +70,9 @@ class Labels:
         near = difflib.get_close_matches(label.casefold(), words, n=3, cutoff=0.6)
         found = [word for word in words if label.casefold() in word.split()]
         offers = list(dict.fromkeys([*found[:2], *near]))[:4]
+        if not offers and len(self.names) <= _FEW:
+            every = ", ".join(f"{name!r} ({i})" for i, name in enumerate(self.names))
+            return f"--class {label!r} is no label of this model; give an index or one of: {every}"
         hint = ", ".join(f"{word!r} ({words[word]})" for word in offers)
         return f"--class {label!r} is no label of this model; " + (
             f"near labels: {hint}" if hint else "give an index or one of its labels"

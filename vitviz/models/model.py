@@ -12,7 +12,7 @@ import timm.data
 import torch
 from torch import nn
 
-from vitviz.errors import OptionError
+from vitviz.errors import OptionError, UnsupportedModelError
 from vitviz.models.building import LoadedModule, build_model, build_skeleton
 from vitviz.models.checkpoints import digest_weights, require_finite
 from vitviz.models.devices import select_device
@@ -23,7 +23,7 @@ from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.record import ModelRecord, versions
 from vitviz.models.tokens import TokenLayout, read_layout
 from vitviz.models.weight_files import WeightFile
-from vitviz.options import Fit, Precision
+from vitviz.options import Fit, Precision, whole
 
 __all__ = ["Model", "load_model"]
 
@@ -108,7 +108,7 @@ def load_model(
     labels: str | Path | None = None,
     device: str = "auto",
     fit: Fit | str = Fit.SQUASH,
-    img_size: tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
     precision: Precision | str | None = None,
 ) -> Model:
     """Load a model and find out where its tokens are and which of them its head reads.
@@ -122,7 +122,7 @@ def load_model(
         device: ``auto`` (a model object stays where it is), ``cpu``, ``cuda``, ``cuda:1``,
             ``mps``; a model object is moved in place.
         fit: ``native`` builds the model so that it takes images of any aspect ratio.
-        img_size: (height, width) to build the model for, instead of its own.
+        img_size: Side or (height, width) to build the model for, instead of its own.
         precision: ``fp32``, ``bf16`` or ``fp16``; None: as the weights are.
 
     Raises:
@@ -132,17 +132,33 @@ def load_model(
         LabelError: The label file does not fit.
         DeviceError: The device is not on this machine.
     """
+    size = _sides(img_size)
     if isinstance(model, nn.Module):
-        if weights is not None or img_size is not None or Fit(fit) is Fit.NATIVE:
+        if weights is not None or size is not None or Fit(fit) is Fit.NATIVE:
             raise OptionError("a model object is taken as it is: weights, size and fit are its own")
         built, layout = _taken(model, device)
     else:
         target = select_device(device)
-        built, layout = _build(model, Path(weights) if weights else None, Fit(fit), img_size)
+        built, layout = _build(model, Path(weights) if weights else None, Fit(fit), size)
         built.module.to(target).eval()
     if precision is not None:
         built.module.to(_DTYPES[Precision(precision)])
-    return _proved(built, layout, preprocessing_of(built.module, img_size), labels)
+    return _proved(built, layout, preprocessing_of(built.module, size), labels)
+
+
+def _sides(size: object) -> tuple[int, int] | None:
+    """Read the (height, width) of images, of which squares may be given as one number.
+
+    Raises:
+        OptionError: It is neither.
+    """
+    if size is None:
+        return None
+    given = list(size) if isinstance(size, (tuple, list)) else [size]
+    sides = [whole("--img-size", side) for side in given]
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise OptionError(f"--img-size is {size!r}; give one side, or height and width")
+    return sides[0], sides[-1]
 
 
 def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
@@ -150,7 +166,16 @@ def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
     if device != "auto":
         module.to(select_device(device))
     built = LoadedModule(module=module, name=_own_name(module), weights="given")
-    return built, read_layout(module, preprocessing_of(module).size)
+    try:
+        return built, read_layout(module, preprocessing_of(module).size)
+    except UnsupportedModelError as error:
+        maker = type(module).__module__.partition(".")[0]
+        if maker in ("timm", "__main__"):
+            raise
+        raise UnsupportedModelError(
+            f"{error}. It is a {type(module).__name__} of {maker}, not of timm, by whose names "
+            "vitviz knows the parts of models: make it with timm.create_model"
+        ) from error
 
 
 def _build(

@@ -26,6 +26,8 @@ ALIASES = {
 }
 
 
+_TORCHVISION = {"b": "base", "l": "large", "h": "huge"}
+
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 
 
@@ -50,9 +52,20 @@ def require_name(name: str, known: Collection[str]) -> str:
     base = ALIASES.get(base, base)
     if base not in known:
         near = difflib.get_close_matches(name, ["demo", *ALIASES, *known], n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "`vitviz models` lists timm's"
+        offers = (_of_others(name), f"did you mean {', '.join(near)}?" if near else "")
+        hint = "; ".join(filter(None, offers)) or "`vitviz models` lists timm's"
         raise ModelError(f"no model is called {name!r}; {hint}")
     return base
+
+
+def _of_others(name: str) -> str:
+    """Say what timm calls a model that goes by a name of the hub's or of torchvision's."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return f"a model on the hub is called hf-hub:{name}"
+    if theirs := re.fullmatch(r"vit_([blh])_(14|16|32)", name):
+        timms = f"vit_{_TORCHVISION[theirs[1]]}_patch{theirs[2]}_224"
+        return f"that is torchvision's name; timm's is {timms}"
+    return ""
 
 
 def resolve_name(name: str) -> str:
