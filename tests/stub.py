@@ -18,9 +18,6 @@ FUNCTIONS = {name.replace("-", "_"): method for name, method in METHODS.items()}
 HEAD = '''\
 """Signatures of the lazy package, for editors and type checkers; see ``tests/stub.py``."""
 
-from vitviz.api import Classes as Classes
-from vitviz.api import Images as Images
-from vitviz.api import Values as Values
 from vitviz.api import evaluate as evaluate
 from vitviz.api import explain_samples as explain_samples
 from vitviz.api import load_model as load_model
@@ -35,6 +32,9 @@ from vitviz.options import Convention as Convention
 from vitviz.options import Fit as Fit
 from vitviz.options import HeadFusion as HeadFusion
 from vitviz.options import PictureOptions as PictureOptions
+from vitviz.python_values import Classes as Classes
+from vitviz.python_values import Images as Images
+from vitviz.python_values import Values as Values
 
 __version__: str
 '''

@@ -16,7 +16,16 @@ PACKAGE = Path(vitviz.__file__).parent
 # A floor may import only floors named before it.
 FLOORS = (
     *("errors", "options", "streaming", "models", "images", "methods", "pictures", "explaining"),
-    *("inspection", "runs", "evaluation", "python_words", "api", "cli", "__main__"),
+    *(
+        "inspection",
+        "runs",
+        "evaluation",
+        "python_words",
+        "python_values",
+        "api",
+        "cli",
+        "__main__",
+    ),
 )
 ROOMS = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

@@ -1,8 +1,5 @@
 """Signatures of the lazy package, for editors and type checkers; see ``tests/stub.py``."""
 
-from vitviz.api import Classes as Classes
-from vitviz.api import Images as Images
-from vitviz.api import Values as Values
 from vitviz.api import evaluate as evaluate
 from vitviz.api import explain_samples as explain_samples
 from vitviz.api import load_model as load_model
@@ -17,6 +14,9 @@ from vitviz.options import Convention as Convention
 from vitviz.options import Fit as Fit
 from vitviz.options import HeadFusion as HeadFusion
 from vitviz.options import PictureOptions as PictureOptions
+from vitviz.python_values import Classes as Classes
+from vitviz.python_values import Images as Images
+from vitviz.python_values import Values as Values
 
 __version__: str
 
@@ -32,6 +32,7 @@ def rollout(
     value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
+    errors: str = "raise",
 ) -> list[Explanation]:
     """Attention rollout, which knows no class (Abnar & Zuidema 2020, arXiv 2005.00928)."""
 
@@ -47,6 +48,7 @@ def grad_rollout(
     value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
+    errors: str = "raise",
 ) -> list[Explanation]:
     """Rollout of attention weighted with the gradient of a class's logit."""
 
@@ -62,6 +64,7 @@ def relevance(
     value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
+    errors: str = "raise",
 ) -> list[Explanation]:
     """Gradient relevance with a linearised backward pass and weighed values."""
 
@@ -76,6 +79,7 @@ def evidence(
     value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
+    errors: str = "raise",
 ) -> list[Explanation]:
     """Signed evidence for a class: x ⊙ ∂y/∂x at all blocks, with a linearised backward pass."""
 
@@ -89,5 +93,6 @@ def attention(
     value_range: Values = None,
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
+    errors: str = "raise",
 ) -> list[Explanation]:
     """Raw attention, blocks and heads apart; it draws itself as a contact sheet."""

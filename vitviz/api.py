@@ -16,16 +16,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import numpy as np
-from PIL import Image
-
 from vitviz.errors import ImageError, OptionError
 from vitviz.evaluation.measuring import measure
 from vitviz.evaluation.options import EvaluationOptions
 from vitviz.evaluation.summary import Evaluation, summarize
 from vitviz.evaluation.tasks import AnnotatedImage, annotated_images
 from vitviz.explaining import samples as explaining
-from vitviz.explaining.explanation import Explanation
+from vitviz.explaining.explanation import Caveat, Explanation
 from vitviz.explaining.samples import Explained, Failed, images_at_once, input_transform
 from vitviz.images.decoding import read_file
 from vitviz.images.samples import ImageSample, load_sample, sample_of
@@ -34,7 +31,16 @@ from vitviz.methods.method import ClassMethod, Method
 from vitviz.methods.table import METHODS
 from vitviz.models import model as models
 from vitviz.models.model import Model
-from vitviz.options import Convention, Fit, PictureOptions, ValueRange
+from vitviz.options import Convention, Fit, PictureOptions, ValueRange, whole
+from vitviz.python_values import (
+    Images,
+    Values,
+    class_words,
+    images_in,
+    option_value,
+    require_inputs,
+    source_of,
+)
 from vitviz.python_words import in_python, in_python_words
 from vitviz.runs.pipeline import count_caveats
 from vitviz.streaming import map_ahead, worker_threads
@@ -51,20 +57,20 @@ __all__ = [
     "rollout",
 ]
 
-Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]]
-Values = ValueRange | str | tuple[float, float] | None
-Classes = int | str | Iterable[int | str]
+_told: set[Caveat] = set()  # what is said once a process, not once a call
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _SHARED = """\
         model: From ``load_model``; it is left as it was.
-        images: Paths, Pillow images or arrays (height, width, 3) of uint8.
+        images: Paths of images and folders, Pillow images or arrays (height, width, 3) of uint8.
 {options}
         fit: ``squash``, ``crop`` or ``native``.
         value_range: Pixel values that become black and white, (0, 4095), or percentiles of each
             image, "1%:99%"; None: 0 and the largest integer of their type, 0 and 1 for floats.
         batch_size: Images run at once; None: chosen by the number of tokens.
         pictures: How the maps draw themselves; None: as by default.
+        errors: ``raise``, or ``skip`` to leave out images that fail, with a warning.
 
     Returns:
         One explanation for each image{and_class}.
@@ -91,7 +97,7 @@ def load_samples(
 
     Args:
         model: From ``load_model``.
-        images: Paths, Pillow images or arrays (height, width, 3) of uint8.
+        images: Paths of images and folders, Pillow images or arrays (height, width, 3) of uint8.
         fit: ``squash``, ``crop`` or ``native``.
         value_range: As for ``rollout``.
         max_size: Longest side of the pictures, in pixels.
@@ -102,7 +108,7 @@ def load_samples(
     Raises:
         VitvizError: An option is not usable, or an image in memory is no image.
     """
-    _require_inputs(model, images)
+    require_inputs(model, images)
     transform = input_transform(model, Fit(fit), ValueRange.ensure(value_range))
 
     def load(numbered: tuple[int, Any]) -> ImageSample | Failed:
@@ -117,7 +123,9 @@ def load_samples(
 
     def loaded() -> Iterator[ImageSample | Failed]:
         with worker_threads(None) as pool:
-            yield from map_ahead(pool, load, enumerate(images), 2 * images_at_once(model))
+            yield from map_ahead(
+                pool, load, enumerate(images_in(images)), 2 * images_at_once(model)
+            )
 
     return loaded()
 
@@ -131,25 +139,30 @@ def explain(
     fit: Fit = Fit.SQUASH,
     value_range: Values = None,
     batch_size: int | None = None,
+    errors: str = "raise",
 ) -> list[Explanation]:
     """Explain images and return their maps, image by image, class by class.
 
     Args:
         model: The model; it is left as it was.
-        images: Paths, Pillow images or arrays (height, width, 3) of uint8.
+        images: Paths of images and folders, Pillow images or arrays (height, width, 3) of uint8.
         method: The method, with its options.
         pictures: How the maps draw themselves; None: as by default.
         fit: How images are brought to the model's size.
         value_range: As for ``load_samples``.
         batch_size: Images run at once; None: chosen by the number of tokens.
+        errors: ``raise``, or ``skip`` to leave out images that fail, with a warning.
 
     Raises:
         ImageError: An image cannot be read or explained.
         VitvizError: The options do not fit the model.
     """
-    _require_inputs(model, images)
+    require_inputs(model, images)
+    batch_size = None if batch_size is None else whole("batch_size", batch_size)
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"--batch-size is {batch_size}; give a number from 1 up, or None")
+    if errors not in ("raise", "skip"):
+        raise OptionError(f"errors is {errors!r}; give 'raise' or 'skip'")
     pictures = pictures or PictureOptions()
     if fit is not Fit.NATIVE:
         method.require_grid(model.layout.grid)
@@ -160,11 +173,32 @@ def explain(
         model, samples, method, pictures=pictures, batch_size=batch_size, warn=_warn
     )
     explanations: list[Explanation] = []
-    for item in count_caveats(explained, _warn):
-        if not isinstance(item, Explained):
+    failed: list[Failed] = []
+    for item in count_caveats(explained, _warn_of_maps):
+        if isinstance(item, Explained):
+            explanations += item.maps
+        elif errors == "raise":
             raise ImageError(f"{item.source.path} {item.error}")
-        explanations += item.maps
+        else:
+            failed.append(item)
+    _warn_of_failures(failed)
     return explanations
+
+
+def _warn_of_failures(failed: Sequence[Failed]) -> None:
+    if failed:
+        images = "1 image" if len(failed) == 1 else f"{len(failed)} images"
+        first = f"{failed[0].source.path}: {failed[0].error}"
+        _warn(f"{images} failed and left out, the first: {first}")
+
+
+def _warn_of_maps(text: str) -> None:
+    """Warn of maps; of outlier tokens once, which are the model's in every image."""
+    if text.startswith(Caveat.OUTLIERS.value[0]):
+        if Caveat.OUTLIERS in _told:
+            return
+        _told.add(Caveat.OUTLIERS)
+    _warn(text)
 
 
 def _warn(text: str) -> None:
@@ -187,17 +221,19 @@ def _function(method: type[Method], name: str) -> Callable[..., list[Explanation
         value_range: Values = None,
         batch_size: int | None = None,
         pictures: PictureOptions | None = None,
+        errors: str = "raise",
         **options: Any,
     ) -> list[Explanation]:
-        made = method(**{each: _value(hints[each], value) for each, value in options.items()})
+        made = method(
+            **{each: option_value(each, hints[each], value) for each, value in options.items()}
+        )
         return explain(
-            model,
-            images,
-            made,
+            *(model, images, made),
             fit=Fit(fit),
             value_range=value_range,
             batch_size=batch_size,
             pictures=pictures,
+            errors=errors,
         )
 
     hints = get_type_hints(method)
@@ -226,7 +262,8 @@ def _checked(function: _Function, names: set[str]) -> _Function:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        known = names | {"model", "images", "fit", "value_range", "batch_size", "pictures"}
+        shared = {"fit", "value_range", "batch_size", "pictures", "errors"}
+        known = names | shared | {"model", "images"}
         if unknown := [each for each in kwargs if each not in known]:
             raise TypeError(
                 f"{wrapper.__name__}() got an unexpected keyword argument {unknown[0]!r}"
@@ -250,14 +287,6 @@ def _annotation(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"{hint.__name__} | str"
     return hint.__name__ if isinstance(hint, type) else str(hint)
-
-
-def _value(hint: Any, value: Any) -> Any:
-    """Bring what a Python user gives to the type of an option."""
-    if hint == tuple[str, ...]:
-        wanted = (value,) if isinstance(value, (int, str)) else value
-        return tuple(map(str, wanted))
-    return hint(value) if isinstance(hint, type) and issubclass(hint, str) else value
 
 
 def _docstring(method: type[Method]) -> str:
@@ -317,14 +346,14 @@ def evaluate(
         VitvizError: An option is not usable.
     """
     options = EvaluationOptions(
-        methods=tuple(methods),
-        target=str(target),
+        methods=(methods,) if isinstance(methods, str) else tuple(methods),
+        target=class_words(target)[0],
         convention=Convention(convention),
         fit=Fit(fit),
         value_range=ValueRange.ensure(value_range),
-        batch_size=batch_size,
-        seed=seed,
-        resamples=resamples,
+        batch_size=None if batch_size is None else whole("batch_size", batch_size),
+        seed=whole("seed", seed),
+        resamples=whole("resamples", resamples),
     )
     subjects = _subjects(model, images, masks, truth)
     return summarize(model, options, list(measure(model, subjects, options, warn=_warn)))
@@ -337,13 +366,13 @@ def _subjects(
     truth: Sequence[int] | None,
 ) -> list[AnnotatedImage]:
     """Put together what is known about each image."""
-    _require_inputs(model, images)
-    given = list(images)
+    require_inputs(model, images)
+    given = list(images_in(images))
     if isinstance(masks, (str, os.PathLike)):
-        found = annotated_images(map(_source, range(len(given)), given), masks=Path(masks))
+        found = annotated_images(map(source_of, range(len(given)), given), masks=Path(masks))
         of_each: list[Any] = [subject.mask for subject in found]
     else:
-        found = annotated_images(map(_source, range(len(given)), given))
+        found = annotated_images(map(source_of, range(len(given)), given))
         of_each = [None] * len(given) if masks is None else list(masks)
     classes = [None] * len(given) if truth is None else list(truth)
     if not len(given) == len(of_each) == len(classes):
@@ -356,30 +385,7 @@ def _subjects(
             subject,
             image=None if isinstance(image, (str, os.PathLike)) else image,
             mask=Path(mask) if isinstance(mask, (str, os.PathLike)) else mask,
-            truth=None if true_class is None else int(true_class),
+            truth=None if true_class is None else whole("truth", true_class),
         )
         for subject, image, mask, true_class in zip(found, given, of_each, classes, strict=True)
     ]
-
-
-def _source(number: int, image: Any) -> Source:
-    """Name an image, by its path if it has one."""
-    if not isinstance(image, (str, os.PathLike)):
-        return Source(path=Path(f"image {number}"), key=f"image {number}")
-    path = Path(image)
-    whole = Path(os.path.abspath(path))  # noqa: PTH100 (".." is taken out, links stay)
-    return Source(path=path, key=whole.relative_to(whole.anchor).as_posix())
-
-
-def _require_inputs(model: object, images: object) -> None:
-    """Make sure that this is a model, and that these are images, and not one.
-
-    Raises:
-        OptionError: It is not, or it is one.
-    """
-    if not isinstance(model, Model):
-        raise OptionError(
-            f"expected a model from vitviz.load_model, and got {type(model).__name__}"
-        )
-    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) in (2, 3):
-        raise OptionError("expected a list of images, and got one; write [image]")
