@@ -35,6 +35,7 @@ def in_python(message: str) -> str:
         name = match[1].replace("-", "_")
         return _PARAMETERS.get(name, name)
 
+    message = re.sub(r"-m (\S+) --weights (\S+)", r"model=\1, weights=\2", message)
     message = re.sub(r"--(classic)\b", r"\1=True", message)
     return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", parameter, message).replace(
         " with -m", " as model"

@@ -15,6 +15,7 @@ import typer
 from vitviz.cli.completion import complete_devices, complete_methods, complete_models
 from vitviz.methods.method import Method
 from vitviz.methods.table import variants
+from vitviz.models.names import DEFAULT
 from vitviz.options import Colormap, Convention, Fit, OutputKind, Precision
 
 __all__ = [
@@ -68,11 +69,17 @@ class SharedOptions:
         ),
     ]
     model: Annotated[
-        str,
+        str | None,
         _option(
-            MODEL, "-m", "--model", autocompletion=complete_models, metavar="MODEL", help=MODEL_HELP
+            MODEL,
+            "-m",
+            "--model",
+            autocompletion=complete_models,
+            metavar="MODEL",
+            help=f"{MODEL_HELP} With --weights alone: what their file says. Default: {DEFAULT}.",
+            show_default=False,
         ),
-    ] = "deit_tiny"
+    ] = None
     weights: Annotated[
         Path | None,
         _option(
@@ -92,6 +99,22 @@ class SharedOptions:
         ),
     ] = None
     img_size: ImgSizeOption = None
+    mean: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            metavar="R,G,B",
+            help="Subtracted from pixels in [0, 1], instead of the model's own; one number for all "
+            "channels, or one each.",
+            show_default=False,
+        ),
+    ] = None
+    std: Annotated[
+        str | None,
+        _option(
+            MODEL, metavar="R,G,B", help="Divided by after that, likewise.", show_default=False
+        ),
+    ] = None
     fit: Annotated[
         Fit,
         _option(

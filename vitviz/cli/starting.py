@@ -74,7 +74,8 @@ def refuse_cheap_mistakes(run: SharedOptions, found: Found) -> None:
     """Find what is sure to fail before torch is loaded and weights are looked for."""
     from vitviz.images.decoding import require_readable
 
-    require_known(run.model)
+    if run.model is not None:
+        require_known(run.model)
     if run.as_json:  # a record tells of the model, too
         return
     failures: list[str] = []
@@ -118,8 +119,11 @@ def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
         device=run.device,
         fit=run.fit,
         img_size=img_size,
+        mean=run.mean,
+        std=run.std,
         precision=run.precision,
     )
+    reporter.say(model.describe())
     for note in model.notes:
         reporter.say(note, "yellow")
     warnings.filterwarnings("ignore", module="PIL")  # of odd images: what matters is in a result

@@ -321,6 +321,8 @@ def _settings(model: Model, options: EvaluationOptions) -> dict[str, Any]:
             "fit": options.fit.value,
             "value_range": options.value_range and str(options.value_range),
             "size": list(model.preprocessing.size),
+            "mean": list(model.preprocessing.mean),
+            "std": list(model.preprocessing.std),
             "dtype": str(model.dtype).removeprefix("torch."),
             "labels": model.labels.source,
             "seed": options.seed,

@@ -270,7 +270,7 @@ def _folder_weights(name: str, folder: Path) -> Path:
     if found := find_weights(folder):
         return found
     raise WeightsError(
-        f"{folder} has no weights (model.safetensors, say); give a file with --weights FILE"
+        f"{folder} has no weights (model.safetensors, say); give a file with -m NAME --weights FILE"
     )
 
 
@@ -281,7 +281,7 @@ def _pretrained_source(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     repository = config.get("hf_hub_id")
     if not repository and not config.get("url"):
         raise WeightsError(
-            f"{name} has no pretrained weights; give your own file with --weights FILE"
+            f"{name} has no pretrained weights; give your own file with -m {name} --weights FILE"
         )
     if not repository:
         url = str(config["url"])

@@ -54,9 +54,12 @@ def fetch_from_hub(repository: str, filename: str | None) -> Path:
         except (huggingface_hub.errors.HfHubHTTPError, OSError) as error:
             raise WeightsError(
                 f"{repository} could not be downloaded ({first_line(error)}); "
-                "try again, or give your own file with --weights FILE"
+                "try again, or give your own file with -m NAME --weights FILE"
             ) from error
-    raise WeightsError(f"{repository} has none of {', '.join(names)}; use --weights FILE")
+    raise WeightsError(
+        f"{repository} has none of {', '.join(names)}; give your own file with -m NAME "
+        "--weights FILE"
+    )
 
 
 def require_answer(url: str, wanted: str) -> None:
@@ -86,8 +89,8 @@ def require_answer(url: str, wanted: str) -> None:
         reason = f"{host} cannot be reached: {failures[0]}"
     raise WeightsError(
         f"{wanted} is not in the cache of downloaded models and {reason}; "
-        "give your own file with --weights FILE, run once where the hub can be reached, or use "
-        "-m demo"
+        "give your own file and its model with -m NAME --weights FILE, or run once where the hub "
+        "can be reached"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,14 @@ from vitviz.models.building import LoadedModule, build_model, build_skeleton
 from vitviz.models.checkpoints import digest_weights, require_finite
 from vitviz.models.devices import select_device
 from vitviz.models.labels import Labels, read_labels
-from vitviz.models.names import resolve_name
-from vitviz.models.preprocessing import Preprocessing, preprocessing_of
+from vitviz.models.names import DEFAULT, resolve_name
+from vitviz.models.origins import disagreement, model_stated
+from vitviz.models.preprocessing import (
+    Normalisation,
+    Preprocessing,
+    normalised_by,
+    preprocessing_of,
+)
 from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.record import ModelRecord, versions
 from vitviz.models.tokens import TokenLayout, read_layout
@@ -95,6 +101,14 @@ class Model:
         """Say which model it is, in one short line."""
         return f"<Model {self.name} ({self.weights}) on {self.device}, {self.num_classes} classes>"
 
+    def describe(self) -> str:
+        """Say what is computed with: the model, its weights, and what pixels are brought to."""
+        mean, std = (
+            " ".join(f"{value:g}" for value in values)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        return f"Using {self.name}, weights {self.weights}, mean {mean}, std {std}"
+
     @property
     def score_kind(self) -> str:
         """How scores are made from logits: "softmax" or "sigmoid"."""
@@ -102,13 +116,15 @@ class Model:
 
 
 def load_model(
-    model: str | nn.Module = "deit_tiny",
+    model: str | nn.Module | None = None,
     *,
     weights: str | Path | None = None,
     labels: str | Path | None = None,
     device: str = "auto",
     fit: Fit | str = Fit.SQUASH,
     img_size: int | tuple[int, int] | None = None,
+    mean: Normalisation | None = None,
+    std: Normalisation | None = None,
     precision: Precision | str | None = None,
 ) -> Model:
     """Load a model and find out where its tokens are and which of them its head reads.
@@ -116,16 +132,20 @@ def load_model(
     Args:
         model: A timm name with or without tag, an alias (``deit_tiny``), ``demo``,
             ``hf-hub:owner/name``, a folder with a config.json, ``package.module:factory``, or a
-            timm model object with its weights.
+            timm model object with its weights; None: what the file of ``weights`` says that it
+            is, and ``deit_tiny`` without one.
         weights: A checkpoint to use instead of the pretrained weights.
         labels: A file with the names of the classes.
         device: ``auto`` (a model object stays where it is), ``cpu``, ``cuda``, ``cuda:1``,
             ``mps``; a model object is moved in place.
         fit: ``native`` builds the model so that it takes images of any aspect ratio.
         img_size: Side or (height, width) to build the model for, instead of its own.
+        mean: Subtracted from pixels in [0, 1], one number or one a channel, instead of its own.
+        std: Divided by after that, likewise.
         precision: ``fp32``, ``bf16`` or ``fp16``; None: as the weights are.
 
     Raises:
+        OptionError: An option is not usable, or ``weights`` do not say which model they are for.
         ModelError: There is no such model, or it cannot be built as asked.
         UnsupportedModelError: Rollout is not defined for this model.
         WeightsError: Its weights are missing or do not fit.
@@ -143,7 +163,8 @@ def load_model(
         built.module.to(target).eval()
     if precision is not None:
         built.module.to(_DTYPES[Precision(precision)])
-    return _proved(built, layout, preprocessing_of(built.module, size), labels)
+    preprocessing = normalised_by(preprocessing_of(built.module, size), mean, std)
+    return _proved(built, layout, preprocessing, labels)
 
 
 def _sides(size: object) -> tuple[int, int] | None:
@@ -179,14 +200,22 @@ def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
 
 
 def _build(
-    model: str, weights: Path | None, fit: Fit, img_size: tuple[int, int] | None
+    model: str | None, weights: Path | None, fit: Fit, img_size: tuple[int, int] | None
 ) -> tuple[LoadedModule, TokenLayout]:
-    name = resolve_name(model)
+    file = WeightFile(weights) if weights else None
+    notes = []
+    if model is None and file is not None:
+        stated = model_stated(file)
+        model = stated.model or stated.name
+        notes.append(f"{file.path}: taken as {stated.name}, by {stated.where}")
+    name = resolve_name(model or DEFAULT)
     skeleton = build_skeleton(name, img_size, native=fit is Fit.NATIVE)
     # What cannot work is refused before anything is downloaded.
     layout = read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
-    file = WeightFile(weights) if weights else None
-    return build_model(name, skeleton, file, img_size, native=fit is Fit.NATIVE), layout
+    built = build_model(name, skeleton, file, img_size, native=fit is Fit.NATIVE)
+    if model is not None and file is not None and not notes:
+        notes += filter(None, [disagreement(file, _full_name(built.module))])
+    return replace(built, notes=(*notes, *built.notes)), layout
 
 
 def _proved(
@@ -216,6 +245,12 @@ def _proved(
         multi_label=built.multi_label,
         notes=tuple(notes),
     )
+
+
+def _full_name(module: nn.Module) -> str:
+    """Return timm's name of a model, with the tag of its config."""
+    tag = (getattr(module, "pretrained_cfg", None) or {}).get("tag")
+    return _own_name(module) + (f".{tag}" if tag else "")
 
 
 def _own_name(module: nn.Module) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vitviz.errors import ModelError
 
-__all__ = ["ALIASES", "FACTORY", "require_name", "resolve_name"]
+__all__ = ["ALIASES", "DEFAULT", "FACTORY", "require_name", "resolve_name"]
 
 
 ALIASES = {
@@ -28,6 +28,7 @@ ALIASES = {
 
 _TORCHVISION = {"b": "base", "l": "large", "h": "huge"}
 
+DEFAULT = "deit_tiny"
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import timm.data
 from PIL import Image
 from torch import nn
 
-from vitviz.errors import ModelError
+from vitviz.errors import ModelError, OptionError
 from vitviz.models.structure import patch_embedding, patch_size
 
-__all__ = ["Preprocessing", "preprocessing_of"]
+__all__ = ["Normalisation", "Preprocessing", "normalised_by", "preprocessing_of"]
+
+
+Normalisation = float | str | Iterable[float]
+"""One number for all channels, or one each; as text with commas between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +81,41 @@ def preprocessing_of(module: nn.Module, img_size: tuple[int, int] | None = None)
         patch=patch_size(module),
         dynamic=bool(getattr(module, "dynamic_img_size", False)),
     )
+
+
+def normalised_by(
+    preprocessing: Preprocessing,
+    mean: Normalisation | None,
+    std: Normalisation | None,
+) -> Preprocessing:
+    """Return it with a user's own normalisation, where one is given.
+
+    Args:
+        preprocessing: Of the model.
+        mean: One number a channel, or one for all; None: the model's own.
+        std: The same.
+
+    Raises:
+        OptionError: These are no such numbers.
+    """
+    means = preprocessing.mean if mean is None else _channels("--mean", mean, preprocessing, 0)
+    stds = preprocessing.std if std is None else _channels("--std", std, preprocessing, 1e-12)
+    return replace(preprocessing, mean=means, std=stds)
+
+
+def _channels(
+    option: str, given: Normalisation, preprocessing: Preprocessing, low: float
+) -> tuple[float, ...]:
+    channels = len(preprocessing.mean)
+    words = given.split(",") if isinstance(given, str) else given
+    try:
+        values = [float(each) for each in (words if isinstance(words, Iterable) else [words])]
+    except (TypeError, ValueError):
+        values = []
+    if len(values) not in (1, channels) or not all(low <= each <= 1 for each in values):
+        raise OptionError(
+            f"{option} is {given!r}; give one number, or {channels} with commas between them, for "
+            f"pixels in [0, 1]: {'above 0' if low else 'from 0'} to 1 (divide those for 0 … 255 "
+            "by 255)"
+        )
+    return tuple(values * channels if len(values) == 1 else values)

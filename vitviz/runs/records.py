@@ -204,7 +204,7 @@ def run_record(model: ModelRecord, job: Job) -> dict[str, Any]:
                 **job.pictures.to_record(OutputKind.OVERLAY, method.colormap),
                 "fit": job.fit.value,
                 "value_range": job.value_range and str(job.value_range),
-                "size": list(model.preprocessing["size"]),
+                **{key: list(model.preprocessing[key]) for key in ("size", "mean", "std")},
                 "dtype": model.dtype,
                 "labels": model.labels_source,
                 "class": list(method.classes) if isinstance(method, ClassMethod) else [],
