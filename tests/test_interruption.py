@@ -207,6 +207,24 @@ def test_interruption_at_any_moment_leaves_whole_files_and_tells_of_them(
     assert untold <= 1  # one may be handed over in the very microsecond
 
 
+def test_signal_that_the_parent_ignores_stays_ignored(
+    nursery: Nursery, photos: Path, tmp_path: Path
+) -> None:
+    # As a shell starts its jobs in the background: Ctrl-C is meant for the one in front.
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    words = ["rollout", "p", *DEMO, "-o", tmp_path / "out"]
+    child = nursery.start(*words, cwd=photos.parent, prelude=ignored)
+    child.wait_for_output()
+    child.send(signal.SIGINT)
+    done = child.wait()
+    assert done.code == 0, done.err
+    assert len(told(done.out)) == COUNT
+    child = nursery.start(*words, cwd=photos.parent, prelude=ignored)
+    child.wait_for_output()
+    child.send(signal.SIGTERM)
+    assert child.wait().code == 143
+
+
 def test_result_that_is_told_while_the_interruption_comes_costs_no_other(
     nursery: Nursery, photos: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from fixtures_io import LABELS, NAME, Run, run_process, save_pictures, save_tiny
 from vitviz.cli.app import main
-from vitviz.cli.streams import SPELT_OUT
+from vitviz.cli.surroundings import SPELT_OUT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,3 +134,37 @@ def test_locale_of_iso_8859_1(latin: dict[str, str], tiny: list[str], tmp_path: 
     done = run_process("-m", "vitviz", *words, cwd=tmp_path, **latin)
     assert done.code == 0, done.err
     assert " v " in done.out.decode("latin-1")
+
+
+def test_closed_stdin_is_told(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    for command in ("rollout", "evaluate"):
+        done = typed("utf-8", command, "-", "-m", "demo")
+        assert (done.code, done.out) == (2, b"")
+        assert "stdin, which is closed" in done.err
+
+
+@pytest.mark.parametrize("command", ["rollout a.png", "evaluate p", "inspect demo", "models deit"])
+def test_working_directory_that_is_gone_is_told(
+    typed: Typed, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(gone)
+        gone.rmdir()
+        done = typed("utf-8", *command.split())
+        patch.chdir(tmp_path)
+    assert (done.code, done.out) == (2, b"")
+    assert "the working directory cannot be found" in done.err
+
+
+@pytest.mark.parametrize("width", ["0", "00", ""])
+def test_terminal_of_no_width_is_one_of_the_usual(
+    typed: Typed, width: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    usual = typed("utf-8", "inspect", "demo").out
+    monkeypatch.setenv("COLUMNS", width)
+    assert typed("utf-8", "inspect", "demo").out == usual
+    assert len(usual) > 1000

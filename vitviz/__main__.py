@@ -17,7 +17,8 @@ def main() -> NoReturn:
     There is nothing to finish then, and half an import may swallow an exception or dress it up.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave_at_once)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of a shell's job in the background
+            signal.signal(number, _leave_at_once)
     from vitviz.cli.app import main as run
 
     try:

@@ -28,7 +28,7 @@ from vitviz.cli.options import (
     with_options,
 )
 from vitviz.cli.starting import importing, read_size, require_known
-from vitviz.cli.streams import spell_out
+from vitviz.cli.surroundings import make_do
 from vitviz.errors import OptionError, VitvizError
 from vitviz.methods.method import Method
 from vitviz.methods.table import METHODS
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     Exit codes: 0 all done, 1 an image failed, 2 nothing could be done, 130 and 143 interrupted.
     """
-    spell_out()
+    make_do()
     try:
         sys.exit(build_app()(args=arguments, prog_name="vitviz", standalone_mode=False) or 0)
     except _UsageError as error:

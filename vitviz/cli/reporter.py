@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from vitviz.cli.leaving import discard
-from vitviz.cli.streams import SPELT_OUT
+from vitviz.cli.surroundings import SPELT_OUT
 from vitviz.errors import OutputError, printable
 from vitviz.images.sources import Source
 from vitviz.runs.records import Result
@@ -111,7 +112,7 @@ class Reporter:
             self.write(json.dumps(_record(result, run)))
         elif result.status != "skipped":
             for output in result.outputs:
-                self.write(os.fspath(output.path), self._end, is_path=True)
+                self.write(output.path, self._end)
 
     def _summarize(self, statuses: Sequence[str]) -> None:
         """Say how many images there were and how fast they went, if there were any.
@@ -138,15 +139,17 @@ class Reporter:
     def _shows_progress(self) -> bool:
         return not self._quiet and self._errors.is_terminal
 
-    def write(self, text: str, end: bytes = b"\n", *, is_path: bool = False) -> None:
+    def write(self, result: str | Path, end: bytes = b"\n") -> None:
         """Write a result to stdout: paths byte for byte for programs, readable for people.
 
         Raises:
             OutputError: It cannot be told, as into a file on a full disk.
         """
+        text = str(result)
         if sys.stdout is None:  # closed before we came
             return
         if not sys.stdout.isatty():
+            is_path = isinstance(result, Path)
             content = os.fsencode(text) if is_path else text.encode(sys.stdout.encoding, SPELT_OUT)
             try:
                 sys.stdout.buffer.write(content + end)

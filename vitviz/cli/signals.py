@@ -32,9 +32,10 @@ class Interruption:
         self._put_off: SystemExit | None = None
 
     def __enter__(self) -> Interruption:
-        """Take the signals over."""
+        """Take the signals over, except for what our parent had us ignore."""
         signals = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._come) for number in signals}
+        heeded = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._come) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

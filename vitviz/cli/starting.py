@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vitviz.cli.options import SharedOptions
+from vitviz.cli.surroundings import require_working_directory
 from vitviz.errors import ImageError, OptionError, SourceError, printable
 
 if TYPE_CHECKING:  # these rooms load torch
@@ -52,6 +53,7 @@ def find(run: SharedOptions) -> Found:
         """Tell whether an image found on the way is a picture that vitviz made."""
         return read_provenance(path) is not None
 
+    require_working_directory()
     arguments = list(_arguments(run.sources, "\0" if run.nul else "\n"))
     sources, fruitless = find_sources(arguments, skip=own)
     if not sources:
@@ -63,6 +65,8 @@ def find(run: SharedOptions) -> Found:
 def _arguments(words: Iterable[str], separator: str) -> Iterator[str | Path]:
     """Yield the sources as typed, ``-`` replaced by the paths on stdin, which are no globs."""
     for word in words:
+        if word == "-" and sys.stdin is None:
+            raise SourceError("- means the paths on stdin, which is closed; give them another way")
         if word == "-":
             paths = os.fsdecode(sys.stdin.buffer.read()).split(separator)
             yield from (Path(path) for path in paths if path)
@@ -133,6 +137,7 @@ def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
 @contextmanager
 def importing() -> Iterator[None]:
     """Import torch and timm without looking for garbage among what they make: a fifth faster."""
+    require_working_directory()
     gc.disable()
     try:
         yield
