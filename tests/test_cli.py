@@ -532,6 +532,7 @@ def command_of(record: dict[str, Any], provenance: Provenance) -> list[str]:
         ["rollout", "--head-fusion", "min", "--discard", "0.35", "--start-layer", "2"],
         ["rollout", "--fit", "native", "--img-size", "48x80", "--alpha", "0.3"],
         ["rollout", "--precision", "bf16", "--fit", "crop", "--colormap", "bone"],
+        ["rollout", "--value-range", "5%:90%"],
         ["grad-rollout", "--class", "tabby", "--class", "top2", "--max-size", "40"],
     ],
     ids=" ".join,

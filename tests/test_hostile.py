@@ -44,7 +44,7 @@ def in_mode(mode: str, size: tuple[int, int], seed: int) -> Image.Image:
     if mode == "I;16":
         return Image.fromarray(grey.astype(np.uint16) * 257)
     if mode == "I":
-        return Image.fromarray(grey.astype(np.int32) * 200)
+        return Image.fromarray(grey.astype(np.int32) << 23)
     if mode == "F":
         return Image.fromarray(grey.astype(np.float32) / 255)
     if mode in ("LA", "RGBA"):

@@ -322,7 +322,7 @@ def test_range_is_recorded_and_decides_what_is_skipped(shell: Shell, tiny: tuple
         Path(f"{number}.tif").write_bytes(tiff((RAMP * 4095).astype(np.uint16)))
     call = ("rollout", "0.tif", "1.tif", *tiny, "--save", "npy", "--json", "--skip-existing")
     first = shell(*call)
-    assert [record["run"]["options"]["value_range"] for record in first.records] == [None, None]
+    assert not [each for each in first.records if "value_range" in each["run"]["options"]]
     (told,) = [line for line in first.complaints if "almost nothing" in line]
     assert told.startswith("pixel values that use almost nothing of their range in 2 images, the")
     assert "0.tif: 16-bit unsigned integers from 0 to 4095" in told

@@ -215,6 +215,11 @@ class ValueRange:
             raise OptionError(f"--value-range is {given!r}; {_RANGE_HINT}") from None
         return cls(low=low, high=high, percentiles=percentiles)
 
+    @staticmethod
+    def to_record(given: ValueRange | None) -> dict[str, str]:
+        """Return the option for records, which leave it out where none is given."""
+        return {} if given is None else {"value_range": str(given)}
+
     def __str__(self) -> str:
         """Write it as it is typed."""
         unit = "%" if self.percentiles else ""

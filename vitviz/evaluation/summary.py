@@ -22,7 +22,7 @@ from vitviz.evaluation.scores import ClassScores
 from vitviz.methods.table import named_method
 from vitviz.models.model import Model
 from vitviz.models.record import versions
-from vitviz.options import Convention
+from vitviz.options import Convention, ValueRange
 
 __all__ = ["CSV_HEADER", "Evaluation", "METRICS", "Metric", "MethodSummary", "Summary", "summarize"]
 
@@ -319,7 +319,7 @@ def _settings(model: Model, options: EvaluationOptions) -> dict[str, Any]:
         "options": {
             "class": options.target,
             "fit": options.fit.value,
-            "value_range": options.value_range and str(options.value_range),
+            **ValueRange.to_record(options.value_range),
             "size": list(model.preprocessing.size),
             "mean": list(model.preprocessing.mean),
             "std": list(model.preprocessing.std),

@@ -214,7 +214,8 @@ def upright_rgb(
         upright = upright.convert("RGB")
     scale = scale_of(upright, stored, values)
     remarks = scale.remarks if scale else ()
-    return to_rgb(upright, scale), (*remarks, *([_NO_ALPHA] if undeclared else []))
+    rgb = to_rgb(upright, scale if scale and scale.changes else None)
+    return rgb, (*remarks, *([_NO_ALPHA] if undeclared else []))
 
 
 def _upright(image: Image.Image) -> Image.Image:

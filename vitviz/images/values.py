@@ -19,7 +19,7 @@ __all__ = ["Scale", "Stored", "in_strips", "scale_of", "stored_as", "stored_in"]
 Values = NDArray[np.floating[Any]]
 
 _STRIP_PIXELS = 1 << 21  # so much of an image is brought to RGB at once, in small memory
-_SAMPLE_PIXELS = 1 << 22  # percentiles and shares are those of at most about so many
+_SAMPLE_PIXELS = 1 << 20  # percentiles and shares are those of at most about so many
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _NO_DATA = 258, 262, 339, 42113  # tags of TIFF
 _KINDS = {1: "u", 2: "i", 3: "f"}  # numpy's letters for the values of _SAMPLE_FORMAT
 _WORDS = {"u": "unsigned integers", "i": "signed integers", "f": "floats"}
@@ -131,6 +131,11 @@ class Scale:
     low: float
     high: float
     remarks: tuple[Remark, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether values become others at all."""
+        return self.stored.dtype != np.uint8 or (self.low, self.high) != (0, 255)
 
     def apply(self, strip: Image.Image) -> Image.Image:
         """Bring a part of the image to 8 bits; pixels without a value become black."""

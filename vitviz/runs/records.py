@@ -21,7 +21,7 @@ from vitviz.images.samples import ImageSample
 from vitviz.images.sources import Source
 from vitviz.methods.method import ClassMethod
 from vitviz.models.record import ModelRecord
-from vitviz.options import OutputKind
+from vitviz.options import OutputKind, ValueRange
 from vitviz.runs.job import Job
 from vitviz.runs.names import output_path
 from vitviz.runs.provenance import Provenance, encode, is_whole, read_provenance
@@ -203,7 +203,7 @@ def run_record(model: ModelRecord, job: Job) -> dict[str, Any]:
                 **method.to_record(),
                 **job.pictures.to_record(OutputKind.OVERLAY, method.colormap),
                 "fit": job.fit.value,
-                "value_range": job.value_range and str(job.value_range),
+                **ValueRange.to_record(job.value_range),
                 **{key: list(model.preprocessing[key]) for key in ("size", "mean", "std")},
                 "dtype": model.dtype,
                 "labels": model.labels_source,
