@@ -14,6 +14,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 CONTENT = Path(sys.argv[1]).read_bytes()
 CONFIG = json.dumps(
@@ -67,7 +68,15 @@ class Hub(BaseHTTPRequestHandler):
         if "test_vit2" in self.path:
             time.sleep(30)
             return
-        content = FILES.get(self.path, b"")
+        trouble = next((each for each in TROUBLES if f"/{each}/" in self.path), None)
+        if trouble in ("busy", "crowded", "gated"):
+            self.send_response({"busy": 503, "crowded": 429, "gated": 403}[trouble])
+            if trouble == "gated":
+                self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = CONFIG if trouble else FILES.get(self.path, b"")
         self.send_response(200 if content or self.path == "/" else 404)
         if not content and self.path != "/":
             repository = any(self.path.startswith(f"/{name}/") for name in KNOWN)
@@ -77,9 +86,13 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if with_body:
-            self.wfile.write(content)
+            self.wfile.write(content[:20] if trouble in ("cut", "stalled") else content)
+            self.wfile.flush()
+            if trouble == "stalled":
+                time.sleep(30)
 
 
+TROUBLES = ("busy", "crowded", "gated", "cut", "stalled", "proxied")
 KNOWN = ("timm/test_vit.r160_in1k", "someone/tuned", "someone/bare")
 server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 server.daemon_threads = True
@@ -90,8 +103,15 @@ os.environ["HF_HUB_CACHE"] = sys.argv[3]
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_HUB_OFFLINE", None)
 
+import huggingface_hub  # noqa: E402
+from huggingface_hub import constants, file_download  # noqa: E402
+
 from vitviz.errors import VitvizError  # noqa: E402
 from vitviz.models.model import load_model  # noqa: E402
+
+constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.3
+file_download.time = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})  # between attempts
+close_session = getattr(huggingface_hub, "close_session", lambda: None)
 
 
 class TooLongError(BaseException):
@@ -142,6 +162,15 @@ story = {
     "broken": attempt("test_vit4"),
     "silent": attempt("test_vit2"),
 }
+story |= {each: attempt(f"hf-hub:someone/{each}") for each in TROUBLES[:-1]}
+close_session()  # which knows the proxies of when it was opened
+with_proxy = {"ALL_PROXY": "socks5://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
+before = dict(os.environ)
+os.environ.update(with_proxy)
+story["proxied"] = attempt("hf-hub:someone/proxied")
+os.environ.clear()
+os.environ.update(before)
+close_session()
 server.shutdown()
 server.server_close()
 story |= {

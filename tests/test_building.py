@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 from pathlib import Path
@@ -255,3 +256,21 @@ def test_weights_at_an_address_are_taken_from_torchs_cache(
     model = load_model("test_vit", device="cpu")
     assert model.weights == "pretrained"
     assert torch.equal(model.module.state_dict()["head.weight"], state["head.weight"])
+
+
+def test_download_from_an_address_that_breaks_off_ends_in_one_line(
+    offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = timm.create_model
+
+    def broken(name: str, pretrained: bool = False, **arguments: Any) -> Any:
+        if pretrained:
+            raise http.client.IncompleteRead(b"", 7)
+        return create(name, **arguments, pretrained_cfg={**config, "url": "https://no.invalid/w"})
+
+    config = {**create("test_vit").pretrained_cfg, "hf_hub_id": None}
+    offline.mkdir(parents=True)
+    (offline / "w").touch()  # so that nothing is asked before
+    monkeypatch.setattr(timm, "create_model", broken)
+    with pytest.raises(WeightsError, match=r"could not be had \(IncompleteRead.*-m test_vit"):
+        load_model("test_vit", device="cpu")

@@ -519,7 +519,11 @@ def command_of(record: dict[str, Any], provenance: Provenance) -> list[str]:
     words += ["-m", recipe["model"], "--weights", run["weights"]["source"]]
     words += ["--img-size", f"{rows}x{cols}", "--precision", precision]
     for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        several = isinstance(value, list)
+        words += [
+            f"--{name.replace('_', '-')}",
+            ",".join(map(str, value)) if several else str(value),
+        ]
     if recipe["class"]:
         words += ["--class", recipe["class"].removeprefix("c")]
     return words

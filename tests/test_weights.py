@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import socket
 import time
 import zipfile
@@ -440,7 +441,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = run_process(str(script), str(whole), str(tuned), str(folder / "cache"))
     assert done.code == 0, done.err
     result: dict[str, Any] = json.loads(done.out)
-    return result
+    return {**result, "stderr": "\n".join(line for line in done.err.splitlines() if "down" in line)}
 
 
 def test_pretrained_weights_are_downloaded(story: dict[str, Any]) -> None:
@@ -475,6 +476,32 @@ def test_hub_that_does_not_deliver_ends_in_one_line(story: dict[str, Any], case:
     assert "error" in story[case], story[case]
     assert "\n" not in story[case]["error"]
     assert story[case]["seconds"] < 8
+
+
+TROUBLES = {
+    "busy": "answers 503, it is in trouble: try again later",
+    "crowded": "answers 429, too many requests",
+    "gated": "it is gated: ask for access.* log in with `hf auth login`",
+    "unknown": "no such model: check the name, and if it is private, log in",
+    "cut": "the connection broke off",
+    "stalled": "the connection broke off",
+    "proxied": "SOCKS.*unset the proxy",
+}
+
+
+@pytest.mark.parametrize("case", TROUBLES)
+def test_hub_in_trouble_is_told_in_one_line_with_the_way_out(
+    story: dict[str, Any], case: str
+) -> None:
+    error = story[case].get("error", str(story[case]))
+    assert re.search(TROUBLES[case], error), error
+    assert "has none of" not in error
+    assert "-m NAME --weights FILE" in error
+    assert "\n" not in error
+
+
+def test_attempts_of_the_hubs_client_are_not_told_one_by_one(story: dict[str, Any]) -> None:
+    assert story["stderr"] == ""
 
 
 def test_hub_that_falls_silent_is_given_up(story: dict[str, Any]) -> None:

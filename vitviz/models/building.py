@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -102,26 +103,18 @@ def build_model(
     arguments = _size_arguments(img_size, native)
     config = _config(skeleton)
     full_name, multi_label = _full_name(name, config), _is_multi_label(config)
-    if weights is not None:
-        module, notes = _from_file(weights, _local(name), skeleton, arguments)
-        return LoadedModule(
-            module=module,
-            name=full_name,
-            weights=str(weights.path),
-            multi_label=multi_label,
-            notes=tuple(notes),
-        )
-    notes = []
-    if config.get("source") == "local-dir":
+    file, notes = weights, list[str]()
+    if file is None and config.get("source") == "local-dir":
         file = WeightFile(_folder_weights(name, Path(config["file"])))
-        module, notes = _from_file(file, _local(name), skeleton, arguments)
+    if file is None:
+        module = _pretrained(name, full_name, config, arguments)
     else:
-        source = _pretrained_source(config, full_name)
-        module = _create(name, pretrained=True, **source, **arguments)
+        module, notes = _from_file(file, _local(name), skeleton, arguments)
+    own = "bundled" if name == "demo" else "pretrained"
     return LoadedModule(
         module=module,
         name=full_name,
-        weights="bundled" if name == "demo" else "pretrained",
+        weights=own if weights is None else str(weights.path),
         multi_label=multi_label,
         notes=tuple(notes),
     )
@@ -272,6 +265,20 @@ def _folder_weights(name: str, folder: Path) -> Path:
     raise WeightsError(
         f"{folder} has no weights (model.safetensors, say); give a file with -m NAME --weights FILE"
     )
+
+
+def _pretrained(
+    name: str, full_name: str, config: Mapping[str, Any], arguments: dict[str, Any]
+) -> nn.Module:
+    """Build a model with the weights that timm knows for it."""
+    source = _pretrained_source(config, full_name)
+    try:
+        return _create(name, pretrained=True, **source, **arguments)
+    except (OSError, HTTPException) as error:  # timm downloads from an address by itself
+        raise WeightsError(
+            f"weights of {full_name} could not be had ({first_line(error)}); try again, or give "
+            f"your own file with -m {full_name} --weights FILE"
+        ) from error
 
 
 def _pretrained_source(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import os
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from vitviz.errors import WeightsError, first_line
 __all__ = ["fetch_from_hub", "require_answer"]
 
 
+_STATUSES = {
+    429: "answers 429, too many requests from here: wait some minutes, or log in",
+    **{code: f"answers {code}, it is in trouble: try again later" for code in (500, 502, 503, 504)},
+}
 _HUB_SECONDS = 4  # how long the hub may take to say that it is there
 
 
@@ -48,13 +55,15 @@ def fetch_from_hub(repository: str, filename: str | None) -> Path:
     require_answer(url, repository)
     for name in names:
         try:
-            return Path(huggingface_hub.hf_hub_download(repo_id, name, **where))
-        except huggingface_hub.errors.EntryNotFoundError:
-            continue
-        except (huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+            with _unheard():
+                return Path(huggingface_hub.hf_hub_download(repo_id, name, **where))
+        except Exception as error:  # those of whichever HTTP library the hub's client has today
+            cause = _cause(error)
+            if isinstance(cause, huggingface_hub.errors.EntryNotFoundError):
+                continue
             raise WeightsError(
-                f"{repository} could not be downloaded ({first_line(error)}); "
-                "try again, or give your own file with -m NAME --weights FILE"
+                f"{repository} could not be downloaded: {_trouble(cause)}; or give your own file "
+                "with -m NAME --weights FILE"
             ) from error
     raise WeightsError(
         f"{repository} has none of {', '.join(names)}; give your own file with -m NAME "
@@ -84,9 +93,9 @@ def require_answer(url: str, wanted: str) -> None:
         asking.join(_HUB_SECONDS)
         if not asking.is_alive() and not failures:
             return
-        failures.append(f"no answer within {_HUB_SECONDS} s")
+        failures.append(f"cannot be reached: no answer within {_HUB_SECONDS} s")
         host = urllib.parse.urlsplit(url).netloc or url
-        reason = f"{host} cannot be reached: {failures[0]}"
+        reason = f"{host} {failures[0]}"
     raise WeightsError(
         f"{wanted} is not in the cache of downloaded models and {reason}; "
         "give your own file and its model with -m NAME --weights FILE, or run once where the hub "
@@ -109,7 +118,54 @@ def _ask(url: str, failures: list[str]) -> None:
     try:
         request = urllib.request.Request(url, method="HEAD")
         urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # an answer, whatever it says
+    except urllib.error.HTTPError as error:  # an answer, though not always a hub at work
+        if error.code in _STATUSES:
+            failures.append(_STATUSES[error.code])
     except (OSError, ValueError, http.client.HTTPException) as error:
-        failures.append(first_line(getattr(error, "reason", error)))
+        failures.append(f"cannot be reached: {first_line(getattr(error, 'reason', error))}")
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep the hub's client from logging each of its attempts: one line tells of them all."""
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what went wrong first, where a file is only said to be nowhere for that."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _trouble(error: BaseException) -> str:
+    """Say what is wrong with the hub, or with the way to it, and what to do about it."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError) or status == 403:
+        return (
+            "it is gated: ask for access on its page on the hub, and log in with `hf auth login` "
+            "or HF_TOKEN"
+        )
+    if isinstance(error, RepositoryNotFoundError) or status == 401:
+        return (
+            "the hub shows no such model: check the name, and if it is private, log in with "
+            "`hf auth login` or HF_TOKEN"
+        )
+    if status in _STATUSES:
+        return f"the hub {_STATUSES[status]}"
+    if isinstance(error, (ImportError, ValueError)) or "proxy" in type(error).__name__.lower():
+        return (
+            f"the way to the hub does not work ({first_line(error)}); mend or unset the proxy in "
+            "the environment (ALL_PROXY, HTTPS_PROXY)"
+        )
+    return f"the connection broke off ({first_line(error)}); try again"
