@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import timm.data
 
-from vitviz.errors import LabelError
+import vitviz
+from fixtures_io import picture, tiny_model, tiny_module
+from vitviz.errors import LabelError, OptionError
 from vitviz.models.labels import ClassRequest, Labels, parse_requests, read_labels
+from vitviz.models.model import load_model
 
 IMAGENET = Labels(names=tuple(timm.data.ImageNetInfo("imagenet-1k").label_descriptions()))
 LABELS = Labels(
@@ -167,6 +170,11 @@ def test_label_file_in_any_form(tmp_path: Path, text: str) -> None:
         ('["a", ["b"], null]', "labels"),
         ('{"0": ["n01440764", "tench"], "1": ["n1", "b"], "2": ["n2", "c"]}', "labels"),
         ("[" * 100_000, "JSON"),
+        ('["a", null]', "null is no label"),
+        ('["a", []]', r"\[\] is no label"),
+        ('["a", true]', "true is no label"),
+        ('["a", {}]', r"\{\} is no label"),
+        ('{"0": "a", "1": null}', "null is no label"),
     ],
 )
 def test_label_file_that_does_not_fit_is_refused(
@@ -190,3 +198,16 @@ def test_labels_know_what_they_do_not_know() -> None:
     assert LABELS[3] == "tabby, tabby cat"
     assert LABELS[99] is None
     assert LABELS[-1] is None
+
+
+@pytest.mark.parametrize("classes", [b"tabby", bytearray(b"tabby"), b""], ids=str)
+def test_bytes_are_no_classes(classes: object) -> None:
+    with pytest.raises(OptionError, match="classes is .*; give a text, an index"):
+        vitviz.grad_rollout(tiny_model(), [picture(8, 8)], classes=classes)
+
+
+def test_config_with_a_label_that_is_none_names_no_class() -> None:
+    module = tiny_module()
+    names = [*"abcdef", None]
+    module.pretrained_cfg = {**module.pretrained_cfg, "label_names": names}  # type: ignore[dict-item]
+    assert load_model(module, device="cpu").labels.names == ()

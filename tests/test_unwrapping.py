@@ -196,6 +196,37 @@ def test_state_in_a_kind_of_dict_is_read(tmp_path: Path) -> None:
     assert same(read_checkpoint(tmp_path / "w.pth").tensors)
 
 
+# Numbers
+
+QUANTISED = (torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["model", "words"])
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+def test_quantised_weights_are_not_taken_for_real_numbers(
+    tmp_path: Path, dtype: torch.dtype, known: bool
+) -> None:
+    state = {name: (50 * tensor).to(dtype) for name, tensor in STATE.items()}
+    torch.save({"model": state}, tmp_path / "w.pth")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(WeightsError, match=rf"is {kind}; expected real numbers"):
+        read_checkpoint(tmp_path / "w.pth", MODULE if known else None)
+
+
+@pytest.mark.parametrize("name", ["blocks.2.mlp.fc1.weight", "cls_token", "norm.bias"])
+def test_one_quantised_tensor_is_enough_to_refuse(tmp_path: Path, name: str) -> None:
+    torch.save({**STATE, name: STATE[name].to(torch.int8)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=f"{name} is int8"):
+        read_checkpoint(tmp_path / "w.pth", MODULE)
+
+
+def test_counts_that_a_model_keeps_in_integers_are_read(tmp_path: Path) -> None:
+    module = torch.nn.BatchNorm2d(3)
+    torch.save(module.state_dict(), tmp_path / "w.pth")
+    assert same(read_checkpoint(tmp_path / "w.pth", module).tensors, module.state_dict())
+    assert same(read_checkpoint(tmp_path / "w.pth").tensors, module.state_dict())
+
+
 # Files
 
 

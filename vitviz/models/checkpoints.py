@@ -46,7 +46,7 @@ def read_checkpoint(weights: Path | WeightFile, module: nn.Module | None = None)
     expected = {} if module is None else dict(module.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     found = unwrap(file.content, str(file.path), shapes)
-    _check_tensors(file, found.tensors)
+    _check_tensors(file, found.tensors, expected)
     return Checkpoint(tensors=found.tensors, is_ema=found.is_average, unwrapped=found.describe())
 
 
@@ -99,8 +99,13 @@ def digest_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_tensors(file: WeightFile, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(
+    file: WeightFile, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     """Refuse tensors that are no plain numbers, and those whose shape promises more than is there.
+
+    Integers are quantised weights, real numbers only with scales that are kept elsewhere; what is
+    counted in integers (an index, say) is known to the model as such.
 
     Raises:
         WeightsError: One of them is such a tensor.
@@ -111,5 +116,13 @@ def _check_tensors(file: WeightFile, tensors: Mapping[str, Tensor]) -> None:
             kind = "without data" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
             raise WeightsError(
                 f"{file.path}: {name} is {kind}; expected a dense tensor of real numbers"
+            )
+        counted = name in expected and not expected[name].is_floating_point()
+        weights = name in expected or name.endswith((".weight", ".bias"))
+        if weights and not (tensor.is_floating_point() or counted):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise WeightsError(
+                f"{file.path}: {name} is {kind}; expected real numbers: quantised weights mean "
+                "nothing without their scales; save the model in float32, float16 or bfloat16"
             )
     file.check_size(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))

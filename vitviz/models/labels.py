@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vitviz.errors import LabelError
 
-__all__ = ["ClassRequest", "Labels", "parse_requests", "read_labels"]
+__all__ = ["ClassRequest", "Labels", "is_label", "parse_requests", "read_labels"]
 
 
 _FEW = 20  # labels: so many are told in one line
@@ -137,6 +137,11 @@ def read_labels(path: Path, num_classes: int) -> Labels:
     return Labels(names=tuple(names), source=str(path))
 
 
+def is_label(value: object) -> bool:
+    """Tell whether a value of JSON can name a class: a text, or a number that stands for one."""
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
 def _label_names(text: str, path: Path) -> list[str]:
     if text.lstrip()[:1] not in ("[", "{"):
         return text.splitlines()
@@ -145,8 +150,8 @@ def _label_names(text: str, path: Path) -> list[str]:
     except (ValueError, RecursionError) as error:
         raise LabelError(f"--labels {path} looks like JSON, but is not: {error}") from error
     names = parsed if isinstance(parsed, list) else parsed.values()
-    if odd := next((name for name in names if not isinstance(name, (str, int, float))), None):
-        raise LabelError(f"--labels {path}: {odd!r} is no label; expected text")
+    if odd := [name for name in names if not is_label(name)]:
+        raise LabelError(f"--labels {path}: {json.dumps(odd[0])} is no label; expected text")
     if isinstance(parsed, list):
         return [str(name) for name in parsed]
     try:

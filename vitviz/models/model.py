@@ -16,7 +16,7 @@ from vitviz.errors import OptionError, UnsupportedModelError
 from vitviz.models.building import LoadedModule, build_model, build_skeleton
 from vitviz.models.checkpoints import digest_weights, require_finite
 from vitviz.models.devices import select_device
-from vitviz.models.labels import Labels, read_labels
+from vitviz.models.labels import Labels, is_label, read_labels
 from vitviz.models.names import DEFAULT, resolve_name
 from vitviz.models.origins import disagreement, model_stated
 from vitviz.models.preprocessing import (
@@ -263,7 +263,8 @@ def _labels(module: nn.Module, num_classes: int, path: Path | None) -> Labels:
         return read_labels(path, num_classes)
     config: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
     names, described = config.get("label_names"), config.get("label_descriptions")
-    if isinstance(names, (list, tuple)) and names and len(names) == num_classes:
+    usable = isinstance(names, (list, tuple)) and all(map(is_label, names))
+    if usable and names and len(names) == num_classes:
         described = described if isinstance(described, dict) else {}
         texts = tuple(str(described.get(str(name), name)) for name in names)
         return Labels(names=texts, source="the model's config")
