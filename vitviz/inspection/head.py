@@ -17,6 +17,7 @@ from vitviz.inspection.traced import (
     outermost_layers,
 )
 from vitviz.models.catalogue import Support
+from vitviz.models.structure import has_classifier
 
 __all__ = ["measure_head"]
 
@@ -39,9 +40,17 @@ def measure_head(traced: TracedModel, support: Support) -> Head:
         # One vector is (1, channels), or (1, channels, 1, 1) where a map was pooled.
         norm_after_pooling=None if shape is None else sum(size > 1 for size in shape) == 1,
         pooling=_pooling(traced, support, begin),
-        linears=_classifier(traced),
-        classes=int(getattr(traced.module, "num_classes", 0) or 0),
+        linears=(linears := _classifier(traced)),
+        classes=_classes(traced, linears),
     )
+
+
+def _classes(traced: TracedModel, linears: tuple[Layer, ...]) -> int:
+    """Count the logits, by the layer that makes them before what is declared."""
+    if linears and linears[-1].outputs:
+        return linears[-1].outputs
+    declared = int(getattr(traced.module, "num_classes", 0) or 0)
+    return declared if has_classifier(traced.module) else 0
 
 
 def _head_begin(traced: TracedModel) -> float:

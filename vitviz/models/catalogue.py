@@ -17,6 +17,7 @@ from vitviz.errors import UnsupportedModelError
 from vitviz.models.building import build_skeleton
 from vitviz.models.census import known_models, read_answers, write_census, written_answers
 from vitviz.models.preprocessing import preprocessing_of
+from vitviz.models.structure import has_classifier
 from vitviz.models.tokens import Readout, read_layout
 
 __all__ = ["Support", "find_models", "judge", "main", "support_of", "survey_models"]
@@ -67,7 +68,7 @@ def support_of(module: nn.Module, input_size: tuple[int, int]) -> Support:
         layout = read_layout(module, input_size)
     except UnsupportedModelError as error:
         return Support(rollout=False, grad_rollout=False, reason=str(error))
-    has_logits = bool(getattr(module, "num_classes", 0))
+    has_logits = has_classifier(module)
     return Support(
         rollout=True,
         grad_rollout=has_logits,

@@ -27,6 +27,7 @@ from vitviz.models.preprocessing import (
 )
 from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.record import ModelRecord, versions
+from vitviz.models.structure import has_classifier
 from vitviz.models.tokens import TokenLayout, read_layout
 from vitviz.models.weight_files import WeightFile
 from vitviz.options import Fit, Precision, whole
@@ -228,8 +229,8 @@ def _proved(
     module = built.module
     require_finite(module, f"weights of {built.name} ({built.weights})")
     check_mixing(module, preprocessing.size)
-    check_readout(module, layout, preprocessing.size)
-    num_classes = int(getattr(module, "num_classes", 0) or 0)
+    width = check_readout(module, layout, preprocessing.size)
+    num_classes = width if has_classifier(module) else 0
     known = _labels(module, num_classes, Path(labels) if labels else None)
     notes = list(built.notes)
     if known.assumed and built.weights != "pretrained":
@@ -268,7 +269,7 @@ def _labels(module: nn.Module, num_classes: int, path: Path | None) -> Labels:
         described = described if isinstance(described, dict) else {}
         texts = tuple(str(described.get(str(name), name)) for name in names)
         return Labels(names=texts, source="the model's config")
-    subset = timm.data.infer_imagenet_subset(module) if num_classes else None
+    subset = timm.data.infer_imagenet_subset({"num_classes": num_classes})
     if not subset:
         return Labels()
     texts = tuple(timm.data.ImageNetInfo(subset).label_descriptions())

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from vitviz.errors import ModelError, OptionError
-from vitviz.models.structure import patch_embedding, patch_size
+from vitviz.models.structure import input_channels, patch_embedding, patch_size
 
 __all__ = ["Normalisation", "Preprocessing", "normalised_by", "preprocessing_of"]
 
@@ -66,7 +66,7 @@ def preprocessing_of(module: nn.Module, img_size: tuple[int, int] | None = None)
     # What the model was built for has the last word: a config may speak of its ancestor.
     size = img_size or getattr(embed, "img_size", None) or tuple(config["input_size"][1:])
     try:
-        mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
+        mean, std = (_of_colors(config[key], input_channels(module)) for key in ("mean", "std"))
         crop_pct = float(config["crop_pct"])
     except (TypeError, ValueError) as error:
         raise ModelError(
@@ -119,3 +119,11 @@ def _channels(
             "by 255)"
         )
     return tuple(values * channels if len(values) == 1 else values)
+
+
+def _of_colors(numbers: Iterable[float], channels: int) -> tuple[float, ...]:
+    """Give red, green and blue a number each, the same one where a model sees them as grey."""
+    given = tuple(map(float, numbers))
+    if len(given) == 1 or (channels == 1 and len(given) == 3):
+        return (math.fsum(given) / len(given),) * 3
+    return given

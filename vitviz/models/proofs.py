@@ -19,7 +19,7 @@ from vitviz.models.tokens import Readout, TokenLayout
 __all__ = ["check_mixing", "check_readout"]
 
 
-def check_readout(module: nn.Module, layout: TokenLayout, input_size: tuple[int, int]) -> None:
+def check_readout(module: nn.Module, layout: TokenLayout, input_size: tuple[int, int]) -> int:
     """Prove the readout on the model itself: gradients reach exactly the tokens that it names.
 
     The blocks are skipped, so this costs little. The same image a second time has the tokens that
@@ -29,6 +29,9 @@ def check_readout(module: nn.Module, layout: TokenLayout, input_size: tuple[int,
         module: The model with its weights.
         layout: What was read from its attributes.
         input_size: (height, width) of the images that it will see.
+
+    Returns:
+        How many numbers it puts out for an image.
 
     Raises:
         UnsupportedModelError: The head reads other tokens, or not all of them alike.
@@ -42,6 +45,7 @@ def check_readout(module: nn.Module, layout: TokenLayout, input_size: tuple[int,
     _require_finite_output(module, run)
     _require_gradients_at(module, layout, run, expected)
     _require_any_order(module, layout, run)
+    return run.output.shape[1]
 
 
 def check_mixing(module: nn.Module, input_size: tuple[int, int]) -> None:

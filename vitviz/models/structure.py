@@ -14,6 +14,7 @@ __all__ = [
     "INSTEAD",
     "block_names",
     "blocks_of",
+    "has_classifier",
     "input_channels",
     "on_meta",
     "patch_embedding",
@@ -121,6 +122,28 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def input_channels(module: nn.Module) -> int:
-    """Count the channels of the images that a model takes."""
+    """Count the channels of the images that a model takes, by what first takes them."""
+    embed = patch_embedding(module) or module
+    first = next((part for part in embed.modules() if isinstance(part, nn.Conv2d)), None)
+    if first is not None:
+        return first.in_channels
+    flat = next((part for part in embed.modules() if isinstance(part, nn.Linear)), None)
+    rows, cols = patch_size(module)
+    if flat is not None and flat.in_features % (rows * cols) == 0:  # patches laid out in a row
+        return flat.in_features // (rows * cols)
     config = getattr(module, "pretrained_cfg", None) or {}
     return int(config.get("input_size", (3,))[0])
+
+
+def has_classifier(module: nn.Module) -> bool:
+    """Tell whether a model has something behind its pooling that makes logits of features.
+
+    How many classes it declares is asked only where no part of it is known as its classifier.
+    """
+    getter = getattr(module, "get_classifier", None)
+    found = getter() if callable(getter) else getattr(module, "head", None)
+    parts = found if isinstance(found, (tuple, list)) else (found,)
+    layers = [part for part in parts if isinstance(part, nn.Module)]
+    if layers:
+        return any(part.state_dict() for part in layers)
+    return bool(getattr(module, "num_classes", 0))
