@@ -121,7 +121,8 @@ class Curves:
     Attributes:
         probability: (orders, shares), the score of the class explained; the first order removes
             the most relevant parts first, the second the least relevant.
-        accuracy: (orders, shares), 1 where the class of the highest logit is the right one.
+        accuracy: (orders, shares), 1 where the class of the highest logit is the right one; of a
+            head with one output, where its sign is that of the untouched image.
     """
 
     probability: NDArray[np.float32]
@@ -232,8 +233,12 @@ def _curves(scores: Tensor, logits: Tensor, batch: Untouched) -> list[Curves]:
     """Read curves off scores and logits (images, orders, shares, classes)."""
     explained = batch.classes.view(-1, 1, 1, 1).expand(*scores.shape[:3], 1)
     probability = scores.gather(3, explained)[..., 0].numpy()
-    accuracy = (logits.argmax(dim=3) == batch.targets.view(-1, 1, 1)).float().numpy()
+    if logits.shape[3] == 1:  # yes or no, and right is what was said of the whole image
+        right = (logits[..., 0] > 0) == (batch.logits.view(-1, 1, 1) > 0)
+    else:
+        right = logits.argmax(dim=3) == batch.targets.view(-1, 1, 1)
+    accuracy = right.float().numpy()
     return [
-        Curves(probability=each, accuracy=right)
-        for each, right in zip(probability, accuracy, strict=True)
+        Curves(probability=score, accuracy=share)
+        for score, share in zip(probability, accuracy, strict=True)
     ]

@@ -54,7 +54,8 @@ class Model:
         preprocessing: What it expects of images.
         labels: The names of its classes.
         num_classes: Number of logits; 0 for a model without a head.
-        multi_label: Whether classes do not exclude each other (scores by sigmoid).
+        multi_label: Whether classes do not exclude each other, or there is one alone
+            (scores by sigmoid).
         notes: What a user should be told about how it was loaded.
     """
 
@@ -235,6 +236,8 @@ def _proved(
     notes = list(built.notes)
     if known.assumed and built.weights != "pretrained":
         notes.append(f"no labels given: {known.source} labels assumed for {num_classes} classes")
+    if num_classes == 1:
+        notes.append("the model has one output: its score is a sigmoid of it")
     return Model(
         module=module,
         name=built.name,
@@ -243,7 +246,7 @@ def _proved(
         preprocessing=preprocessing,
         labels=known,
         num_classes=num_classes,
-        multi_label=built.multi_label,
+        multi_label=built.multi_label or num_classes == 1,
         notes=tuple(notes),
     )
 
