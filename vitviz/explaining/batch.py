@@ -196,7 +196,7 @@ def predict_batch(
 
     def work(part: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return model.module(prepare(part)).float()  # type: ignore[no-any-return]
+            return model.output(prepare(part)).float()
 
     with _named_memory_errors(), prepared(model.module):
         return torch.cat(map_parts(work, batch.to(model.device), tokens=model.layout.tokens)).cpu()
@@ -253,7 +253,7 @@ def _run(
 ) -> tuple[Tensor, ForwardPass]:
     """Run the model; return its output and what a method needs of the way there."""
     with capture.recording(), _backward(method):
-        output = model.module(images)
+        output = model.output(images)
         records = capture.take(model.layout.calls)[method.first_block :]
         forward = ForwardPass(
             layout=model.layout,

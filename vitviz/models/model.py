@@ -10,7 +10,7 @@ from typing import Any
 
 import timm.data
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitviz.errors import OptionError, UnsupportedModelError
 from vitviz.models.building import LoadedModule, build_model, build_skeleton
@@ -27,7 +27,7 @@ from vitviz.models.preprocessing import (
 )
 from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.record import ModelRecord, versions
-from vitviz.models.structure import has_classifier
+from vitviz.models.structure import has_classifier, input_channels
 from vitviz.models.tokens import TokenLayout, read_layout
 from vitviz.models.weight_files import WeightFile
 from vitviz.options import Fit, Precision, whole
@@ -40,6 +40,7 @@ _DTYPES = {
     Precision.BF16: torch.bfloat16,
     Precision.FP16: torch.float16,
 }
+_LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # of Rec. 601, as in Pillow
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -78,6 +79,23 @@ class Model:
     def dtype(self) -> torch.dtype:
         """What the weights are made of."""
         return next(self.module.parameters()).dtype
+
+    @cached_property
+    def sees_grey(self) -> bool:
+        """Whether its images have one channel."""
+        return input_channels(self.module) == 1
+
+    def output(self, images: Tensor) -> Tensor:
+        """Run images (batch, 3, height, width), in grey where it sees no colours.
+
+        Returns:
+            (batch, classes), or (batch, features) of a model without a head.
+        """
+        if self.sees_grey:
+            # Its mean and deviation are the same for all colours, so grey can come after them.
+            images = (images * _LUMA.to(images)).sum(dim=1, keepdim=True)
+        output: Tensor = self.module(images)
+        return output
 
     @cached_property
     def digest(self) -> str:
