@@ -24,6 +24,7 @@ from vitviz.models.labels import ClassRequest, parse_requests
 from vitviz.models.model import Model
 from vitviz.models.prepared import prepared
 from vitviz.models.structure import blocks_of, patch_grid
+from vitviz.models.wrapping import own_numbers
 
 __all__ = ["BatchMaps", "class_requests", "explain_batch", "predict_batch"]
 
@@ -195,7 +196,7 @@ def predict_batch(
     """
 
     def work(part: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
+        with own_numbers(), torch.no_grad():
             return model.output(prepare(part)).float()
 
     with _named_memory_errors(), prepared(model.module):
@@ -221,7 +222,7 @@ def _explain_part(
         classes: (images, maps), or (images, 0) where the requests have the word.
     """
     explains_class = method.explains_class
-    with torch.inference_mode(False), torch.set_grad_enabled(explains_class):
+    with own_numbers(), torch.set_grad_enabled(explains_class):
         output, forward = _run(model, capture, method, images)
         logits = output.detach().float().cpu() if model.num_classes else torch.empty(len(images), 0)
         if explains_class:

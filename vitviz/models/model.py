@@ -30,6 +30,7 @@ from vitviz.models.record import ModelRecord, versions
 from vitviz.models.structure import has_classifier, input_channels
 from vitviz.models.tokens import TokenLayout, read_layout
 from vitviz.models.weight_files import WeightFile
+from vitviz.models.wrapping import logits_of, make_ordinary, own_numbers, unwrapped
 from vitviz.options import Fit, Precision, whole
 
 __all__ = ["Model", "load_model"]
@@ -94,8 +95,7 @@ class Model:
         if self.sees_grey:
             # Its mean and deviation are the same for all colours, so grey can come after them.
             images = (images * _LUMA.to(images)).sum(dim=1, keepdim=True)
-        output: Tensor = self.module(images)
-        return output
+        return logits_of(self.module, self.module(images))
 
     @cached_property
     def digest(self) -> str:
@@ -152,8 +152,8 @@ def load_model(
     Args:
         model: A timm name with or without tag, an alias (``deit_tiny``), ``demo``,
             ``hf-hub:owner/name``, a folder with a config.json, ``package.module:factory``, or a
-            timm model object with its weights; None: what the file of ``weights`` says that it
-            is, and ``deit_tiny`` without one.
+            timm model object with its weights, compiled or in a wrapper of torch or not; None:
+            what the file of ``weights`` says that it is, and ``deit_tiny`` without one.
         weights: A checkpoint to use instead of the pretrained weights.
         labels: A file with the names of the classes.
         device: ``auto`` (a model object stays where it is), ``cpu``, ``cuda``, ``cuda:1``,
@@ -173,18 +173,31 @@ def load_model(
         DeviceError: The device is not on this machine.
     """
     size = _sides(img_size)
+    with own_numbers():
+        built, layout = _built(model, Path(weights) if weights else None, device, Fit(fit), size)
+        if precision is not None:
+            built.module.to(_DTYPES[Precision(precision)])
+        preprocessing = normalised_by(preprocessing_of(built.module, size), mean, std)
+        return _proved(built, layout, preprocessing, labels)
+
+
+def _built(
+    model: str | nn.Module | None,
+    weights: Path | None,
+    device: str,
+    fit: Fit,
+    size: tuple[int, int] | None,
+) -> tuple[LoadedModule, TokenLayout]:
+    """Take a model object, or build a model, on its device."""
     if isinstance(model, nn.Module):
-        if weights is not None or size is not None or Fit(fit) is Fit.NATIVE:
+        if weights is not None or size is not None or fit is Fit.NATIVE:
             raise OptionError("a model object is taken as it is: weights, size and fit are its own")
         built, layout = _taken(model, device)
     else:
         target = select_device(device)
-        built, layout = _build(model, Path(weights) if weights else None, Fit(fit), size)
+        built, layout = _build(model, weights, fit, size)
         built.module.to(target).eval()
-    if precision is not None:
-        built.module.to(_DTYPES[Precision(precision)])
-    preprocessing = normalised_by(preprocessing_of(built.module, size), mean, std)
-    return _proved(built, layout, preprocessing, labels)
+    return built, layout
 
 
 def _sides(size: object) -> tuple[int, int] | None:
@@ -204,6 +217,8 @@ def _sides(size: object) -> tuple[int, int] | None:
 
 def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
     """Take a model object as it is, moved in place."""
+    module = unwrapped(module)
+    make_ordinary(module)
     if device != "auto":
         module.to(select_device(device))
     built = LoadedModule(module=module, name=_own_name(module), weights="given")

@@ -19,7 +19,7 @@ _PREPARED: WeakKeyDictionary[nn.Module, tuple[int, ExitStack]] = WeakKeyDictiona
 
 @contextmanager
 def prepared(module: nn.Module) -> Iterator[None]:
-    """Keep a module as it is to be explained: evaluating, fused, without checkpoints, frozen.
+    """Keep a module as it is to be explained: evaluating, fused, uncompiled, frozen.
 
     The last of those who ask for it, in whatever thread, puts back what the first one found.
     """
@@ -44,12 +44,13 @@ def _prepare(module: nn.Module) -> ExitStack:
         stack.enter_context(_switched(modules, "training", False))
         stack.enter_context(_switched(modules, "fused_attn", True))
         stack.enter_context(_switched(modules, "grad_checkpointing", False))
+        stack.enter_context(_switched(modules, "_compiled_call_impl", None))
         stack.enter_context(_switched(module.parameters(), "requires_grad", False))
         return stack.pop_all()
 
 
 @contextmanager
-def _switched(owners: Iterable[Any], name: str, value: bool) -> Iterator[None]:
+def _switched(owners: Iterable[Any], name: str, value: bool | None) -> Iterator[None]:
     """Set a switch that some objects have and that stands the other way, and set it back."""
     before = [(owner, getattr(owner, name, value)) for owner in owners]
     others = [(owner, old) for owner, old in before if old is not value]

@@ -15,6 +15,7 @@ from vitviz.models.attention import Attention, AttentionRecord
 from vitviz.models.capture import AttentionCapture
 from vitviz.models.structure import INSTEAD, blocks_of, input_channels
 from vitviz.models.tokens import Readout, TokenLayout
+from vitviz.models.wrapping import logits_of
 
 __all__ = ["check_mixing", "check_readout"]
 
@@ -116,7 +117,7 @@ def _run_without_blocks(module: nn.Module, input_size: tuple[int, int], order: T
     handle = blocks_of(module)[-1].register_forward_hook(begin)
     try:
         with AttentionCapture(module), _skipped(blocks_of(module)) as passed, torch.enable_grad():
-            output = module(images).flatten(1)
+            output = logits_of(module, module(images)).flatten(1)
             direction = torch.randn(output.shape[1], generator=generator).to(output)
             (gradient,) = torch.autograd.grad((output[0] * direction).sum(), last)
     finally:
