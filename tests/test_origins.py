@@ -106,9 +106,15 @@ def test_transformers_config_is_no_name_of_timms(tmp_path: Path) -> None:
 
 
 def test_file_that_says_two_models_is_refused_with_both(tmp_path: Path) -> None:
-    torch.save({"model": STATE, "arch": "deit_tiny"}, tmp_path / f"{NAME}.pth")
+    torch.save({"model": STATE, "arch": "deit_tiny_patch16_224"}, tmp_path / f"{NAME}.pth")
     with pytest.raises(OptionError, match=rf"deit_tiny_patch16_224 by its metadata.*and {NAME} by"):
         load_model(weights=tmp_path / f"{NAME}.pth", device="cpu")
+
+
+def test_short_name_of_another_codebase_is_not_taken_for_an_alias(tmp_path: Path) -> None:
+    torch.save({"teacher": STATE, "args": argparse.Namespace(arch="vit_small")}, tmp_path / "w.pth")
+    with pytest.raises(OptionError, match="says nowhere"):
+        load_model(weights=tmp_path / "w.pth", device="cpu")
 
 
 def test_missing_file_is_missed_before_its_model(tmp_path: Path) -> None:

@@ -127,9 +127,9 @@ def _known(name: object, known: Collection[str]) -> str:
     """Return a name as timm writes it; empty where it is none of timm's."""
     if not isinstance(name, str):
         return ""
-    base, dot, tag = name.removeprefix("hf_hub:").removeprefix("timm/").partition(".")
-    base = ALIASES.get(base, base)
-    return base + dot + tag if base in known else ""
+    # No aliases of ours: DINO's vit_small, say, is another model than the one that we call so.
+    name = name.removeprefix("hf_hub:").removeprefix("timm/")
+    return name if name.partition(".")[0] in known else ""
 
 
 def _in_text(text: str, known: Collection[str]) -> str:
