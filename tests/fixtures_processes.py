@@ -164,6 +164,8 @@ def _become(order: dict[str, str]) -> None:
         [(os.devnull, os.O_RDONLY), (order["out"], writing), (order["err"], writing)]
     ):
         os.dup2(os.open(path, flags, 0o600), number)
+    # What the parent's streams know of its files (whether they can be wound back) is wrong here.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     sys.argv = ["vitviz", *order["arguments"]]
     exec(order["prelude"], {})
     from vitviz.__main__ import main

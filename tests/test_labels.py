@@ -202,7 +202,7 @@ def test_labels_know_what_they_do_not_know() -> None:
 
 @pytest.mark.parametrize("classes", [b"tabby", bytearray(b"tabby"), b""], ids=str)
 def test_bytes_are_no_classes(classes: object) -> None:
-    with pytest.raises(OptionError, match="classes is .*; give a text, an index"):
+    with pytest.raises(OptionError, match="classes is .*; give an index, a label"):
         vitviz.grad_rollout(tiny_model(), [picture(8, 8)], classes=classes)
 
 

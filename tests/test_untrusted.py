@@ -262,7 +262,7 @@ CONFIGS: dict[str, str | dict[str, Any]] = {
     "giant image": {"model_args": {"img_size": 10**6}},
     "no preprocessing": {"pretrained_cfg": [1]},
     "word for a mean": preprocessing(mean="x"),
-    "mean of one channel": preprocessing(mean=[0.5]),
+    "mean of two channels": preprocessing(mean=[0.5, 0.5]),
     "division by zero": preprocessing(std=[0, 0, 0]),
     "not a number": preprocessing(std=[float("nan")] * 3),
     "unknown filter": preprocessing(interpolation="[red]\x1b[2J"),

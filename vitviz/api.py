@@ -158,9 +158,7 @@ def explain(
         VitvizError: The options do not fit the model.
     """
     require_inputs(model, images)
-    batch_size = None if batch_size is None else whole("batch_size", batch_size)
-    if batch_size is not None and batch_size < 1:
-        raise OptionError(f"--batch-size is {batch_size}; give a number from 1 up, or None")
+    batch_size = _batch_size(batch_size)
     if errors not in ("raise", "skip"):
         raise OptionError(f"errors is {errors!r}; give 'raise' or 'skip'")
     pictures = pictures or PictureOptions()
@@ -172,17 +170,31 @@ def explain(
     explained = explaining.explain_samples(
         model, samples, method, pictures=pictures, batch_size=batch_size, warn=_warn
     )
+    return _maps_of(count_caveats(explained, _warn_of_maps), skip=errors == "skip")
+
+
+def _maps_of(items: Iterable[Explained | Failed], *, skip: bool) -> list[Explanation]:
+    """Gather the maps; at an image that failed, raise, or skip it and warn in the end."""
     explanations: list[Explanation] = []
     failed: list[Failed] = []
-    for item in count_caveats(explained, _warn_of_maps):
+    for item in items:
         if isinstance(item, Explained):
             explanations += item.maps
-        elif errors == "raise":
-            raise ImageError(f"{item.source.path} {item.error}")
-        else:
+        elif skip:
             failed.append(item)
+        else:
+            raise ImageError(f"{item.source.path} {item.error}")
     _warn_of_failures(failed)
     return explanations
+
+
+def _batch_size(given: object) -> int | None:
+    """Read a number of images; None leaves it open."""
+    if given is None:
+        return None
+    if (count := whole("batch_size", given)) < 1:
+        raise OptionError(f"batch_size is {count}; give a number from 1 up, or None")
+    return count
 
 
 def _warn_of_failures(failed: Sequence[Failed]) -> None:
@@ -351,7 +363,7 @@ def evaluate(
         convention=Convention(convention),
         fit=Fit(fit),
         value_range=ValueRange.ensure(value_range),
-        batch_size=None if batch_size is None else whole("batch_size", batch_size),
+        batch_size=_batch_size(batch_size),
         seed=whole("seed", seed),
         resamples=whole("resamples", resamples),
     )
