@@ -13,7 +13,7 @@ import torch
 
 import vitviz
 from fixtures_io import NAME, SIZE, picture, save_pictures, tiny_model, tiny_module
-from vitviz import api
+from vitviz import api, python_words
 from vitviz.errors import ImageError, OptionError, SourceError, VitvizError
 from vitviz.explaining.explanation import Caveat
 from vitviz.models.model import load_model
@@ -59,7 +59,7 @@ def test_bad_image_loses_no_other_where_it_is_to_be_skipped(tmp_path: Path) -> N
 
 
 def test_outlier_tokens_are_told_of_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_told", set())
+    monkeypatch.setattr(python_words, "_told", set())
     explained = api.explaining.explain_samples
 
     def with_outliers(*arguments: Any, **options: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from enum import Enum
@@ -22,7 +21,7 @@ from vitviz.evaluation.options import EvaluationOptions
 from vitviz.evaluation.summary import Evaluation, summarize
 from vitviz.evaluation.tasks import AnnotatedImage, annotated_images
 from vitviz.explaining import samples as explaining
-from vitviz.explaining.explanation import Caveat, Explanation
+from vitviz.explaining.explanation import Explanation
 from vitviz.explaining.samples import Explained, Failed, images_at_once, input_transform
 from vitviz.images.decoding import read_file
 from vitviz.images.samples import ImageSample, load_sample, sample_of
@@ -41,7 +40,7 @@ from vitviz.python_values import (
     require_inputs,
     source_of,
 )
-from vitviz.python_words import in_python, in_python_words
+from vitviz.python_words import in_python_words, warn, warn_of_maps
 from vitviz.runs.pipeline import count_caveats
 from vitviz.streaming import map_ahead, worker_threads
 
@@ -56,8 +55,6 @@ __all__ = [
     "relevance",
     "rollout",
 ]
-
-_told: set[Caveat] = set()  # what is said once a process, not once a call
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -168,9 +165,9 @@ def explain(
         model, images, fit=fit, value_range=value_range, max_size=pictures.max_size
     )
     explained = explaining.explain_samples(
-        model, samples, method, pictures=pictures, batch_size=batch_size, warn=_warn
+        model, samples, method, pictures=pictures, batch_size=batch_size, warn=warn
     )
-    return _maps_of(count_caveats(explained, _warn_of_maps), skip=errors == "skip")
+    return _maps_of(count_caveats(explained, warn_of_maps), skip=errors == "skip")
 
 
 def _maps_of(items: Iterable[Explained | Failed], *, skip: bool) -> list[Explanation]:
@@ -201,25 +198,7 @@ def _warn_of_failures(failed: Sequence[Failed]) -> None:
     if failed:
         images = "1 image" if len(failed) == 1 else f"{len(failed)} images"
         first = f"{failed[0].source.path}: {failed[0].error}"
-        _warn(f"{images} failed and left out, the first: {first}")
-
-
-def _warn_of_maps(text: str) -> None:
-    """Warn of maps; of outlier tokens once, which are the model's in every image."""
-    if text.startswith(Caveat.OUTLIERS.value[0]):
-        if Caveat.OUTLIERS in _told:
-            return
-        _told.add(Caveat.OUTLIERS)
-    _warn(text)
-
-
-def _warn(text: str) -> None:
-    """Warn at the line of the caller, outside this package."""
-    home = str(Path(__file__).parent)
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.startswith(home):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(in_python(text), stacklevel=level)
+        warn(f"{images} failed and left out, the first: {first}")
 
 
 def _function(method: type[Method], name: str) -> Callable[..., list[Explanation]]:
@@ -368,7 +347,7 @@ def evaluate(
         resamples=whole("resamples", resamples),
     )
     subjects = _subjects(model, images, masks, truth)
-    return summarize(model, options, list(measure(model, subjects, options, warn=_warn)))
+    return summarize(model, options, list(measure(model, subjects, options, warn=warn)))
 
 
 def _subjects(

@@ -1,21 +1,26 @@
-"""Errors in the words of Python: ``start_layer``, not ``--start-layer``."""
+"""Errors and warnings in the words of Python: ``start_layer``, not ``--start-layer``."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vitviz.errors import VitvizError
+from vitviz.explaining.explanation import Caveat
 
-__all__ = ["in_python", "in_python_words"]
+__all__ = ["in_python_words", "warn", "warn_of_maps"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _PARAMETERS = {"class": "classes", "bootstrap": "resamples"}
 """Parameters of Python that the command line calls otherwise."""
+_told: set[Caveat] = set()  # what is said once a process, not once a call
 
 
 @contextmanager
@@ -24,11 +29,11 @@ def _python_words() -> Iterator[None]:
     try:
         yield
     except VitvizError as error:
-        error.args = tuple(in_python(str(each)) for each in error.args)
+        error.args = tuple(_in_python(str(each)) for each in error.args)
         raise
 
 
-def in_python(message: str) -> str:
+def _in_python(message: str) -> str:
     """Write the options in a message as the parameters that they are in Python."""
 
     def parameter(match: re.Match[str]) -> str:
@@ -51,3 +56,21 @@ def in_python_words(function: _Function) -> _Function:
             return function(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def warn_of_maps(text: str) -> None:
+    """Warn of maps; of outlier tokens once, which are the model's in every image."""
+    if text.startswith(Caveat.OUTLIERS.value[0]):
+        if Caveat.OUTLIERS in _told:
+            return
+        _told.add(Caveat.OUTLIERS)
+    warn(text)
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the caller, outside this package."""
+    home = str(Path(__file__).parent)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(home):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(_in_python(text), stacklevel=level)
