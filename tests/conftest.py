@@ -54,6 +54,8 @@ def _forget(cached: Iterable[object]) -> None:
 
 
 def _give_back_memory() -> None:
+    gc.unfreeze()  # commands freeze what is there, garbage too, since their process soon ends
     gc.collect()
+    gc.freeze()  # so that later collections pass over what stays
     if sys.platform == "linux":  # what is free goes back to the system, not to the next test
         ctypes.CDLL(None).malloc_trim(0)

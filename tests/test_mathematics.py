@@ -235,9 +235,9 @@ def _real_model() -> nn.Module:
 @pytest.mark.parametrize("setting", [ROLLOUTS[3], ROLLOUTS[0], GRADIENTS[1], *LINEAR], ids=str)
 def test_batch_of_photographs_equals_single_ones(setting: AnySetting) -> None:
     model = load_model(_real_model(), device="cpu")
-    images = torch.cat([_squashed(path) for path in sorted(PHOTO.parent.glob("*.jpg"))[:4]])
+    images = torch.cat([_squashed(path) for path in sorted(PHOTO.parent.glob("*.jpg"))[:3]])
     whole = np.asarray(explain_batch(model, images, setting.options()).relevance)
-    for chosen in ([0], [1, 3], [3, 2, 0]):
+    for chosen in ([0], [2, 1]):
         maps = np.asarray(explain_batch(model, images[chosen], setting.options()).relevance)
         assert distance(maps, whole[chosen]).max() <= 1e-5
 

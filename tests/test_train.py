@@ -42,7 +42,7 @@ SHORT = tuple(replace(stage, passes=1) for stage in ROUNDS)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Make the model tiny, and its warm-up and its memory of earlier steps short."""
+    """Make the model tiny, its warm-up, its memory and its reports short."""
     folder = tmp_path_factory.mktemp("home")
     config = json.loads((room._HOME / "config.json").read_text(encoding="utf-8"))
     config["model_args"] |= {"img_size": 32, "embed_dim": 48, "depth": 2}
@@ -51,7 +51,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        for name, value in {"_HOME": folder, "_WARMUP": 20, "_EMA_DECAY": 0.9}.items():
+        for name, value in {
+            "_HOME": folder,
+            "_WARMUP": 20,
+            "_EMA_DECAY": 0.9,
+            "_REPORTED": 6,
+        }.items():
             patch.setattr(room, name, value)
         torch.set_num_threads(1)
         yield folder

@@ -42,6 +42,7 @@ _BATCH = 32
 _PEAK_RATES = (4e-3, 1e-3)  # of Muon and of AdamW
 _WARMUP = 150  # steps
 _EMA_DECAY = 0.998
+_REPORTED = 60  # held-out scenes behind the figures after each round
 _TOKEN_WEIGHT = 0.5  # of the token labels beside the classes (Jiang et al. 2021, LV-ViT)
 _PATCH = 8
 _OVERSIZE = 2  # scenes are painted larger and resized, as pictures from a file are
@@ -271,7 +272,8 @@ def _progress() -> Progress:
 def _report(model: VisionTransformer) -> str:
     """Return the figures so far, on a few held-out scenes."""
     figures = measure(
-        replace(load_model(model), multi_label=True), [paint_scene(seed) for seed in range(60)]
+        replace(load_model(model), multi_label=True),
+        [paint_scene(seed) for seed in range(_REPORTED)],
     )
     return f"exact {figures.exact:.0%}, asked {figures.asked:.0%}, other {figures.other:.0%}"
 
