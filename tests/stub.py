@@ -26,10 +26,13 @@ from vitviz.errors import VitvizError as VitvizError
 from vitviz.evaluation.summary import Evaluation as Evaluation
 from vitviz.explaining.explanation import Explanation as Explanation
 from vitviz.explaining.explanation import Prediction as Prediction
+from vitviz.features_api import features as features
+from vitviz.features_api import similarity as similarity
 from vitviz.models.model import Model as Model
 from vitviz.options import AttentionRule as AttentionRule
 from vitviz.options import Convention as Convention
 from vitviz.options import Fit as Fit
+from vitviz.options import Foreground as Foreground
 from vitviz.options import HeadFusion as HeadFusion
 from vitviz.options import PictureOptions as PictureOptions
 from vitviz.python_values import Classes as Classes

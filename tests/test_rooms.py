@@ -23,6 +23,7 @@ FLOORS = (
         "python_words",
         "python_values",
         "api",
+        "features_api",
         "cli",
         "__main__",
     ),
@@ -37,7 +38,7 @@ TORCHLESS = (
     *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.names"),
     *("runs.provenance", "runs.writing"),
     *("methods.table", "runs.job", "evaluation.options", "cli.options", "cli.explaining"),
-    *("cli.evaluating", "cli.starting"),
+    *("cli.evaluating", "cli.features", "cli.starting", "methods.features"),
     *("evaluation.metrics", "evaluation.annotations", "evaluation.plot", "cli.app"),
 )
 LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FUNCTION = 400, 50, 10

@@ -21,6 +21,7 @@ _HOMES = {
     "Evaluation": "vitviz.evaluation.summary",
     "Explanation": "vitviz.explaining.explanation",
     "Fit": "vitviz.options",
+    "Foreground": "vitviz.options",
     "HeadFusion": "vitviz.options",
     "Model": "vitviz.models.model",
     "PictureOptions": "vitviz.options",
@@ -31,9 +32,11 @@ _HOMES = {
     "explain_samples": "vitviz.api",
     "load_samples": "vitviz.api",
     "evidence": "vitviz.api",
+    "features": "vitviz.features_api",
     "grad_rollout": "vitviz.api",
     "load_model": "vitviz.api",
     "relevance": "vitviz.api",
+    "similarity": "vitviz.features_api",
     "rollout": "vitviz.api",
 }
 

@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -26,7 +26,7 @@ from vitviz.explaining.samples import Explained, Failed, images_at_once, input_t
 from vitviz.images.decoding import read_file
 from vitviz.images.samples import ImageSample, load_sample, sample_of
 from vitviz.images.sources import Source
-from vitviz.methods.method import ClassMethod, Method
+from vitviz.methods.method import ClassMethod, Method, options_of
 from vitviz.methods.table import METHODS
 from vitviz.models import model as models
 from vitviz.models.model import Model
@@ -266,7 +266,7 @@ def _checked(function: _Function, names: set[str]) -> _Function:
 
 def _ordered(method: type[Method]) -> list[Any]:
     """Return a method's fields in the order of its function: classes, its own, refine."""
-    found = {each.name: each for each in fields(method)}
+    found = {each.name: each for each in options_of(method)}
     first, last = [found.pop("classes", None)], [found.pop("refine")]
     return [each for each in (*first, *found.values(), *last) if each is not None]
 

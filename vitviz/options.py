@@ -15,6 +15,7 @@ __all__ = [
     "Colormap",
     "Convention",
     "Fit",
+    "Foreground",
     "HeadFusion",
     "OutputKind",
     "PictureOptions",
@@ -67,6 +68,13 @@ class Fit(Word):
     SQUASH = "squash"
     CROP = "crop"
     NATIVE = "native"
+
+
+class Foreground(Word):
+    """Whether features are split into foreground and background."""
+
+    AUTO = "auto"
+    OFF = "off"
 
 
 class Precision(Word):

@@ -16,6 +16,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 import vitviz
 from vitviz.cli.completion import complete_models
 from vitviz.cli.explaining import explain_images
+from vitviz.cli.features import FeaturesRun, SimilarityRun, draw_features, draw_similarity
 from vitviz.cli.leaving import complain, forget, until_reader_leaves
 from vitviz.cli.mistakes import describe_mistake, refuse_one_dash
 from vitviz.cli.options import (
@@ -30,6 +31,7 @@ from vitviz.cli.options import (
 from vitviz.cli.starting import importing, read_size, require_known
 from vitviz.cli.surroundings import make_do
 from vitviz.errors import OptionError, VitvizError
+from vitviz.methods.features import Features, Similarity
 from vitviz.methods.method import Method
 from vitviz.methods.table import METHODS
 
@@ -41,6 +43,11 @@ _BEGIN = "Begin with: vitviz inspect deit_tiny, then vitviz rollout img.jpg"
 _EXAMPLES = {
     "inspect": ("vitviz inspect deit_tiny", "vitviz inspect vit_base_patch14_dinov2 --full"),
     "models": ("vitviz models deit", "vitviz models 'vit_*' --supported"),
+    "features": ("vitviz features photos/", "vitviz features photos/ --block 8 --save npy"),
+    "similarity": (
+        "vitviz similarity img.jpg --patch 3,5",
+        "vitviz similarity img.jpg --patch 3,5 --to photos/ -m dinov2_small",
+    ),
     "evaluate": (
         "vitviz evaluate photos/",
         "vitviz evaluate photos/ --masks masks/ --methods relevance --csv scores.csv",
@@ -66,6 +73,12 @@ def build_app() -> typer.Typer:
     for name, method in METHODS.items():
         command = built.command(name, cls=_Command, help=method.help, epilog=_examples(name))
         command(_explaining(method))
+    for name, drawn, run, act in (
+        ("features", Features, FeaturesRun, draw_features),
+        ("similarity", Similarity, SimilarityRun, draw_similarity),
+    ):
+        command = built.command(name, cls=_Command, help=drawn.help, epilog=_examples(name))
+        command(with_options(run, method_parameters(drawn))(act))
     evaluate = built.command("evaluate", cls=_Command, epilog=_examples("evaluate"))
     evaluate(with_options(EvaluationRun)(_evaluate))
     return built

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import typer
 
 from vitviz.cli.leaving import complain, until_reader_leaves
-from vitviz.cli.options import RunOptions
+from vitviz.cli.options import RunOptions, WritingRun
 from vitviz.cli.signals import Interruption
 from vitviz.cli.starting import find, load, read_count, refuse_cheap_mistakes
-from vitviz.errors import OutputError
+from vitviz.errors import ImageError, OutputError
 from vitviz.methods.method import Method
 from vitviz.options import PictureOptions, ValueRange
 from vitviz.runs.job import Job
 
-__all__ = ["explain_images"]
+if TYPE_CHECKING:  # these rooms load torch
+    from vitviz.images.sources import Source
+    from vitviz.models.model import Model
+    from vitviz.runs.pipeline import Item
+
+__all__ = ["Plan", "explain_images"]
 
 
-def explain_images(run: RunOptions, method: Method) -> None:
-    """Do what an explaining command asks for."""
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done once the model is there.
+
+    Attributes:
+        job: What to do with each image.
+        finish: What is done to each before it is written.
+    """
+
+    job: Job
+    finish: Callable[[Iterator[Item]], Iterator[Item]] = iter
+
+
+def explain_images(
+    run: WritingRun,
+    method: Method,
+    plan: Callable[[Model, Sequence[Source], Job], Plan] = lambda model, sources, job: Plan(job),
+) -> None:
+    """Do what an explaining command asks for.
+
+    Args:
+        run: The options.
+        method: How maps are computed.
+        plan: Finds out, of the model and the images, what is to be done.
+    """
     from vitviz.runs.writing import prepare_folder
 
     job = _job(run, method)
@@ -34,19 +65,23 @@ def explain_images(run: RunOptions, method: Method) -> None:
     with until_reader_leaves(), Interruption() as interruption:
         try:
             warn = partial(reporter.say, style="yellow")
-            results = interruption.between(pipeline.run(model, found.sources, job, warn=warn))
-            reporter.show(results, len(found.sources), run_record(model.record, job))
+            made = plan(model, found.sources, job)
+            results = pipeline.run(model, found.sources, made.job, finish=made.finish, warn=warn)
+            shown = interruption.between(results)
+            reporter.show(shown, len(found.sources), run_record(model.record, made.job))
+        except ImageError as error:  # the one that all others hang on
+            complain(str(error), code=1)
         except OutputError as error:  # what went before is written: no reason to leave with 2
             complain(str(error), code=1)
     raise typer.Exit(int(reporter.failed))
 
 
-def _job(run: RunOptions, method: Method) -> Job:
+def _job(run: WritingRun, method: Method) -> Job:
     return Job(
         method=method,
         pictures=PictureOptions(
             kinds=tuple(dict.fromkeys(run.save)),
-            colormap=run.colormap,
+            colormap=run.colormap if isinstance(run, RunOptions) else None,
             alpha=run.alpha,
             max_size=run.max_size,
         ),

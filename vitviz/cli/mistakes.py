@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from vitviz.cli.options import EvaluationRun, RunOptions
 from vitviz.errors import OptionError
+from vitviz.methods.features import Features, Similarity
 from vitviz.methods.table import METHODS
 from vitviz.options import Word
 
@@ -91,7 +92,7 @@ def _typed_value(error: Any, typed: Sequence[str]) -> str | None:
 
 def _kind(name: str | None) -> type | None:
     """Find what values an option takes that has one of a few words, or a number."""
-    for owner in (RunOptions, EvaluationRun, *METHODS.values()):
+    for owner in (RunOptions, EvaluationRun, Features, Similarity, *METHODS.values()):
         if name in {field.name for field in fields(owner)}:
             hint = get_type_hints(owner)[name]
             for each in (hint, *get_args(hint)):

@@ -8,22 +8,26 @@ from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 from vitviz.cli.completion import complete_devices, complete_methods, complete_models
-from vitviz.methods.method import Method
+from vitviz.methods.method import Method, options_of
 from vitviz.methods.table import variants
 from vitviz.models.names import DEFAULT
 from vitviz.options import Colormap, Convention, Fit, OutputKind, Precision
 
 __all__ = [
     "MODEL_HELP",
+    "EXPLAIN",
+    "PICTURES",
     "EvaluationRun",
     "ImgSizeOption",
     "RunOptions",
     "SharedOptions",
+    "WritingRun",
+    "declare",
     "method_from",
     "method_parameters",
     "with_options",
@@ -38,16 +42,17 @@ OUTPUT_FILES, RUNNING, SCRIPTING = "Output files", "Running", "Scripting"
 _PANELS = (EXPLAIN, MODEL, PICTURES, OUTPUT_FILES, RUNNING, SCRIPTING)
 
 _Command = Callable[..., None]
+_Method = TypeVar("_Method", bound=Method)
 
 
-def _option(panel: str, *names: str, **settings: Any) -> Any:
+def declare(panel: str, *names: str, **settings: Any) -> Any:
     """Declare an option in a named group of the help."""
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
 ImgSizeOption = Annotated[
     str | None,
-    _option(
+    declare(
         MODEL,
         metavar="N|HxW",
         help="Build the model for this image size, instead of its own.",
@@ -70,7 +75,7 @@ class SharedOptions:
     ]
     model: Annotated[
         str | None,
-        _option(
+        declare(
             MODEL,
             "-m",
             "--model",
@@ -82,7 +87,7 @@ class SharedOptions:
     ] = None
     weights: Annotated[
         Path | None,
-        _option(
+        declare(
             MODEL,
             metavar="FILE",
             help="Your own checkpoint (.safetensors, .pth, .pt).",
@@ -91,7 +96,7 @@ class SharedOptions:
     ] = None
     labels: Annotated[
         Path | None,
-        _option(
+        declare(
             MODEL,
             metavar="FILE",
             help="Class names: one a line, a JSON list, or {index: name}.",
@@ -101,7 +106,7 @@ class SharedOptions:
     img_size: ImgSizeOption = None
     mean: Annotated[
         str | None,
-        _option(
+        declare(
             MODEL,
             metavar="R,G,B",
             help="Subtracted from pixels in [0, 1], instead of the model's own; one number for all "
@@ -111,13 +116,13 @@ class SharedOptions:
     ] = None
     std: Annotated[
         str | None,
-        _option(
+        declare(
             MODEL, metavar="R,G,B", help="Divided by after that, likewise.", show_default=False
         ),
     ] = None
     fit: Annotated[
         Fit,
-        _option(
+        declare(
             MODEL,
             metavar="squash|crop|native",
             help="Squash the image, crop its centre, or keep its aspect ratio.",
@@ -125,7 +130,7 @@ class SharedOptions:
     ] = Fit.SQUASH
     value_range: Annotated[
         str | None,
-        _option(
+        declare(
             MODEL,
             metavar="LOW:HIGH",
             help="Pixel values that become black and white, as 0:4095, or percentiles of each "
@@ -136,7 +141,7 @@ class SharedOptions:
     ] = None
     device: Annotated[
         str,
-        _option(
+        declare(
             RUNNING,
             autocompletion=complete_devices,
             metavar="NAME",
@@ -145,65 +150,55 @@ class SharedOptions:
     ] = "auto"
     precision: Annotated[
         Precision,
-        _option(
+        declare(
             RUNNING,
             metavar="fp32|bf16|fp16",
             help="Compute precision; bf16 and fp16 are meant for GPUs.",
         ),
     ] = Precision.FP32
     batch_size: Annotated[
-        str, _option(RUNNING, metavar="auto|N", help="Images run through the model at once.")
+        str, declare(RUNNING, metavar="auto|N", help="Images run through the model at once.")
     ] = "auto"
     workers: Annotated[
-        str, _option(RUNNING, metavar="auto|N", help="Threads that read and write images.")
+        str, declare(RUNNING, metavar="auto|N", help="Threads that read and write images.")
     ] = "auto"
     as_json: Annotated[
-        bool, _option(SCRIPTING, "--json", help="One JSON record an image on stdout.")
+        bool, declare(SCRIPTING, "--json", help="One JSON record an image on stdout.")
     ] = False
     nul: Annotated[
         bool,
-        _option(SCRIPTING, "-0", "--null", help="NUL instead of newlines on stdin and stdout."),
+        declare(SCRIPTING, "-0", "--null", help="NUL instead of newlines on stdin and stdout."),
     ] = False
     quiet: Annotated[
-        bool, _option(SCRIPTING, "-q", "--quiet", help="Say nothing but results and failures.")
+        bool, declare(SCRIPTING, "-q", "--quiet", help="Say nothing but results and failures.")
     ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(SharedOptions):
-    """The options of all commands that write maps."""
+class WritingRun(SharedOptions):
+    """The options of all commands that write pictures."""
 
     output: Annotated[
-        Path, _option(PICTURES, "-o", "--output", metavar="DIR", help="Folder to write to.")
+        Path, declare(PICTURES, "-o", "--output", metavar="DIR", help="Folder to write to.")
     ] = Path("vitviz-out")
     save: Annotated[
         list[OutputKind],
-        _option(
+        declare(
             PICTURES,
             metavar="KIND",
             help="overlay, heatmap, panel (image, overlay and heatmap side by side) or npy (the "
             "numbers); repeatable.",
         ),
     ] = (OutputKind.OVERLAY,)  # type: ignore[assignment]  # a default must not be mutable
-    colormap: Annotated[
-        Colormap | None,
-        _option(
-            PICTURES,
-            metavar="NAME",
-            help=f"Colours of the heat: {', '.join(Colormap)}; evidence has redblue by default, "
-            "all others turbo.",
-            show_default=False,
-        ),
-    ] = None
     alpha: Annotated[
-        float, _option(PICTURES, metavar="A", help="Weight of the heat in overlays, 0 to 1.")
+        float, declare(PICTURES, metavar="A", help="Weight of the heat in overlays, 0 to 1.")
     ] = 0.5
     max_size: Annotated[
-        int, _option(PICTURES, metavar="N", help="Longest side of the pictures, in pixels.")
+        int, declare(PICTURES, metavar="N", help="Longest side of the pictures, in pixels.")
     ] = 1024
     skip_existing: Annotated[
         bool,
-        _option(
+        declare(
             RUNNING,
             "--skip-existing",
             help="Leave out images whose maps are there, made from the same bytes with the same "
@@ -213,18 +208,34 @@ class RunOptions(SharedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunOptions(WritingRun):
+    """The options of all commands that write maps."""
+
+    colormap: Annotated[
+        Colormap | None,
+        declare(
+            PICTURES,
+            metavar="NAME",
+            help=f"Colours of the heat: {', '.join(Colormap)}; evidence has redblue by default, "
+            "all others turbo.",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationRun(SharedOptions):
     """The options of ``evaluate``."""
 
     as_json: Annotated[
-        bool, _option(SCRIPTING, "--json", help="One JSON document on stdout instead of tables.")
+        bool, declare(SCRIPTING, "--json", help="One JSON document on stdout instead of tables.")
     ] = False
     nul: Annotated[
-        bool, _option(SCRIPTING, "-0", "--null", help="NUL instead of newlines on stdin.")
+        bool, declare(SCRIPTING, "-0", "--null", help="NUL instead of newlines on stdin.")
     ] = False
     methods: Annotated[
         list[str],
-        _option(
+        declare(
             EXPLAIN,
             autocompletion=complete_methods,
             metavar="NAME",
@@ -235,7 +246,7 @@ class EvaluationRun(SharedOptions):
     ] = ()  # type: ignore[assignment]  # a default must not be mutable
     targets: Annotated[
         list[str],
-        _option(
+        declare(
             EXPLAIN,
             "--class",
             metavar="C",
@@ -245,7 +256,7 @@ class EvaluationRun(SharedOptions):
     ] = ("top1",)  # type: ignore[assignment]  # a default must not be mutable
     masks: Annotated[
         Path | None,
-        _option(
+        declare(
             EXPLAIN,
             metavar="DIR",
             help="Folder of PNG masks named like the images, 0 for background: adds localisation.",
@@ -254,7 +265,7 @@ class EvaluationRun(SharedOptions):
     ] = None
     truth: Annotated[
         Path | None,
-        _option(
+        declare(
             EXPLAIN,
             metavar="FILE",
             help="True classes: a line for each image, its name and its class.",
@@ -263,7 +274,7 @@ class EvaluationRun(SharedOptions):
     ] = None
     convention: Annotated[
         Convention,
-        _option(
+        declare(
             EXPLAIN,
             metavar="vitviz|chefer2021",
             help="What is taken away, and how it is summed up.",
@@ -271,19 +282,19 @@ class EvaluationRun(SharedOptions):
     ] = Convention.VITVIZ
     csv: Annotated[
         Path | None,
-        _option(OUTPUT_FILES, metavar="FILE", help="Write each map's numbers.", show_default=False),
+        declare(OUTPUT_FILES, metavar="FILE", help="Write each map's numbers.", show_default=False),
     ] = None
     plot: Annotated[
         Path | None,
-        _option(OUTPUT_FILES, metavar="FILE", help="Write the curves as PNG.", show_default=False),
+        declare(OUTPUT_FILES, metavar="FILE", help="Write the curves as PNG.", show_default=False),
     ] = None
     seed: Annotated[
         int,
-        _option(RUNNING, metavar="N", help="Random seed of the random baseline and the bootstrap."),
+        declare(RUNNING, metavar="N", help="Random seed of the random baseline and the bootstrap."),
     ] = 0
     resamples: Annotated[
         int,
-        _option(
+        declare(
             RUNNING, "--bootstrap", metavar="N", help="Bootstrap resamples behind the intervals."
         ),
     ] = 2000
@@ -333,15 +344,15 @@ def _place(parameter: introspection.Parameter) -> int:
 
 def method_parameters(method: type[Method]) -> list[introspection.Parameter]:
     """Return the options of a method as parameters of its command, most used first."""
-    found = {each.name: each for each in fields(method)}
+    found = {each.name: each for each in options_of(method)}
     names = sorted(found, key=lambda name: (name != "classes", name == "refine"))
     hints = get_type_hints(method)
     return [_parameter(found[name], hints[name]) for name in names]
 
 
-def method_from(method: type[Method], values: dict[str, Any]) -> Method:
+def method_from(method: type[_Method], values: dict[str, Any]) -> _Method:
     """Make a method of what was typed."""
-    declared = {each.name: each.metadata["option"] for each in fields(method)}
+    declared = {each.name: each.metadata["option"] for each in options_of(method)}
     read: dict[str, Any] = {}
     for name, value in values.items():
         parse = declared[name].parse
@@ -365,7 +376,7 @@ def _parameter(declared: Field[Any], hint: Any) -> introspection.Parameter:
         introspection.Parameter.KEYWORD_ONLY,
         annotation=Annotated[
             typed,
-            _option(
+            declare(
                 EXPLAIN,
                 flag,  # named, so that a switch gets no --no-… beside it
                 metavar=option.metavar or "|".join(choices) or None,

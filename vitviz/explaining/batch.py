@@ -23,7 +23,7 @@ from vitviz.models.capture import AttentionCapture
 from vitviz.models.labels import ClassRequest, parse_requests
 from vitviz.models.model import Model
 from vitviz.models.prepared import prepared
-from vitviz.models.structure import blocks_of, patch_grid
+from vitviz.models.structure import blocks_of, patch_grid, token_norm
 from vitviz.models.wrapping import own_numbers
 
 __all__ = ["BatchMaps", "class_requests", "explain_batch", "predict_batch"]
@@ -240,7 +240,7 @@ def _explain_part(
         class_indices=classes if explains_class else None,
         requests=requests,
         prefix_attention=prefix,
-        outlier_tokens=outlier_tokens(forward.tokens[-1], model.layout.prefix_tokens),
+        outlier_tokens=outlier_tokens(method.tokens(forward), model.layout.prefix_tokens),
         gradient_norm_product=(
             torch.stack([each for each in products if each is not None], dim=1)
             if explains_class and None not in products
@@ -264,6 +264,7 @@ def _run(
             # As wide as the model's numbers, and at least float32.
             dtype=torch.promote_types(model.dtype, torch.float32),
             device=model.device,
+            norm=token_norm(model.module),
         )
     return output, forward
 

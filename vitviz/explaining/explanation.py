@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from vitviz.images.samples import ImageSample
 from vitviz.methods.method import Method
 from vitviz.options import OutputKind, PictureOptions
 from vitviz.pictures.colors import color_heat, in_grey
+from vitviz.pictures.components import ColorSpace, patches_of
 from vitviz.pictures.heat import FLAT, place_heat
+from vitviz.pictures.painting import paint
 from vitviz.pictures.sheets import contact_sheet, overlay, panel, shrink_to_cell
 
 __all__ = ["Caveat", "Explanation", "Prediction", "Diagnostics"]
@@ -106,7 +109,7 @@ class Explanation:
     Attributes:
         method: How it was computed.
         relevance: float32, before any normalisation, along the method's ``axes``: (rows, cols),
-            or (blocks, heads, rows, cols) of raw attention.
+            or (blocks, heads, rows, cols) of raw attention, (channels, rows, cols) of features.
         sample: The image.
         request: Name of the class request (``c281``, ``top1``); None when class-agnostic.
         class_index: The class that it explains; None when class-agnostic.
@@ -115,6 +118,7 @@ class Explanation:
         predictions: The image's five best classes; empty for a model without a head.
         pictures: How to draw it.
         diagnostics: Numbers that tell when it may mislead.
+        colors: Of features, the colours that all images of a run share; None: fitted on its own.
     """
 
     method: Method
@@ -127,6 +131,7 @@ class Explanation:
     class_score: float | None = None
     predictions: tuple[Prediction, ...] = ()
     pictures: PictureOptions = PictureOptions()
+    colors: ColorSpace | None = None
 
     @property
     def source(self) -> Path:
@@ -149,6 +154,8 @@ class Explanation:
         """Draw a picture of any kind: (height, width, 3) RGB."""
         if len(self.method.axes) == 2:
             return self._draw_map(self.relevance, self.sample.picture, kind)
+        if self.method.axes[0] == "channels":
+            return self._draw_features(kind)
         if kind is OutputKind.PANEL:
             return panel(
                 [self.draw(OutputKind.OVERLAY), self.draw(OutputKind.HEATMAP)], self.caption
@@ -159,12 +166,22 @@ class Explanation:
             [[self._draw_map(head, cell, kind) for head in block] for block in self.relevance]
         )
 
+    def _draw_features(self, kind: OutputKind) -> NDArray[np.uint8]:
+        """Draw features (channels, rows, cols)."""
+        space = self.colors or ColorSpace.fit([patches_of(self.relevance, 1)], foreground=False)
+        colors, picture = space.colors(self.relevance), self.sample.picture
+        draw = partial(paint, colors, self.sample.region, picture)
+        if kind is OutputKind.PANEL:
+            return panel([picture, draw(self.pictures.alpha), draw(1)], self.caption)
+        return draw(1 if kind is OutputKind.HEATMAP else self.pictures.alpha)
+
     def _draw_map(
         self, relevance: NDArray[np.float32], picture: NDArray[np.uint8], kind: OutputKind
     ) -> NDArray[np.uint8]:
         """Draw one map (rows, cols)."""
         signed, table = self.method.is_signed, self.pictures.table(self.method.colormap)
-        heat = place_heat(relevance, self.sample.region, picture.shape[:2], signed=signed)
+        size, extent = picture.shape[:2], self.method.extent
+        heat = place_heat(relevance, self.sample.region, size, signed=signed, extent=extent)
         if kind is OutputKind.HEATMAP:
             return color_heat(heat, table)
         beneath = in_grey(picture) if signed else picture  # all red and blue is heat then
@@ -172,6 +189,13 @@ class Explanation:
         if kind is OutputKind.OVERLAY:
             return blended
         return panel([picture, blended, color_heat(heat, table)], self.caption)
+
+    def caveats(self) -> list[Caveat]:
+        """Say why the picture may mislead."""
+        found = self.diagnostics.caveats() if self.diagnostics else []
+        if self.method.follows_attention:
+            return found
+        return [each for each in found if each is Caveat.OUTLIERS]
 
     @property
     def caption(self) -> str:

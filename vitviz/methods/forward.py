@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitviz.methods.fusion import Fusion
 from vitviz.methods.row_form import attention_rollout, pooled_readout
@@ -30,6 +30,7 @@ class ForwardPass:
         grid: (rows, cols) of the patch tokens.
         dtype: Of the numbers that maps are computed with.
         device: Where the model is.
+        norm: The model's normalisation of all tokens behind the blocks; None without one.
     """
 
     layout: TokenLayout
@@ -38,6 +39,7 @@ class ForwardPass:
     grid: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    norm: nn.Module | None = None
 
     @property
     def blocks(self) -> Sequence[Attention]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -27,6 +27,7 @@ __all__ = [
     "Option",
     "TokenMap",
     "option",
+    "options_of",
     "require_share",
     "require_start",
 ]
@@ -101,6 +102,7 @@ class Method(ABC):
         is_signed: Whether relevance above 0 speaks for the class, and below 0 against it.
         colormap: Colours of its pictures by default.
         axes: What its maps are laid out along.
+        follows_attention: Whether its maps show where attention goes.
         needs_attention_gradients: Whether attention outputs must be differentiable, from
             ``first_block`` on.
         needs_block_inputs: Whether the tokens that enter each block must be kept, and
@@ -114,6 +116,7 @@ class Method(ABC):
     is_signed: ClassVar[bool] = False
     colormap: ClassVar[Colormap] = Colormap.TURBO
     axes: ClassVar[tuple[str, ...]] = ("rows", "cols")
+    follows_attention: ClassVar[bool] = True
     needs_attention_gradients: ClassVar[bool] = False
     needs_block_inputs: ClassVar[bool] = False
 
@@ -151,6 +154,11 @@ class Method(ABC):
         """How a linearised backward pass treats attention; None: the true gradients are used."""
         return None
 
+    @property
+    def extent(self) -> tuple[float, float] | None:
+        """What is drawn coldest and hottest; None: the least and the most of each map."""
+        return None
+
     def to_record(self) -> dict[str, Any]:
         """Return the options that shape its maps, for records and provenance."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -173,6 +181,10 @@ class Method(ABC):
         Raises:
             OptionError: They do not.
         """
+
+    def tokens(self, forward: ForwardPass) -> Tensor:
+        """Return the tokens (batch, tokens, channels) whose outliers may spoil its maps."""
+        return forward.tokens[-1]
 
     @abstractmethod
     def compute(self, forward: ForwardPass, target: Target | None) -> TokenMap:
@@ -201,6 +213,11 @@ class ClassMethod(Method):
         metavar="C",
         flag="--class",
     )
+
+
+def options_of(method: type[Method]) -> list[Field[Any]]:
+    """List the fields of a method that are options of its command and its function."""
+    return [each for each in fields(method) if "option" in each.metadata]
 
 
 def require_share(discard: float) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "patch_embedding",
     "patch_grid",
     "patch_size",
+    "token_norm",
     "trunk",
 ]
 
@@ -113,6 +114,12 @@ def trunk(module: nn.Module) -> nn.Module:
     """Return the part that owns the blocks: the model itself, or the encoder that it wraps."""
     encoder = getattr(module, "encoder", None)
     return encoder if isinstance(encoder, nn.Module) and hasattr(encoder, "blocks") else module
+
+
+def token_norm(module: nn.Module) -> nn.Module | None:
+    """Return what normalises all tokens behind the blocks; None where nothing does."""
+    norm = getattr(trunk(module), "norm", None)
+    return norm if isinstance(norm, nn.Module) else None
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

@@ -18,14 +18,19 @@ FLAT = 1e-5
 """A range of at most this share of the largest magnitude counts as constant."""
 
 
-def normalize(relevance: NDArray[Any], *, signed: bool = False) -> Heat:
+def normalize(
+    relevance: NDArray[Any], *, signed: bool = False, extent: tuple[float, float] | None = None
+) -> Heat:
     """Scale relevance to [0, 1] by its minimum and maximum; a constant map gives no heat.
 
     Args:
         relevance: (rows, cols).
         signed: Whether 0 has a meaning: it goes to ½, and the largest magnitude to 0 or 1.
+        extent: What goes to 0 and to 1, in place of the minimum and the maximum.
     """
     values = np.asarray(relevance, dtype=np.float32)
+    if extent is not None and extent[0] < extent[1]:
+        return ((values - extent[0]) / (extent[1] - extent[0])).clip(0, 1)
     if contrast(values) <= FLAT:
         return np.full_like(values, 0.5 if signed else 0)
     low, high = float(values.min()), float(values.max())
@@ -43,7 +48,12 @@ def contrast(relevance: NDArray[Any]) -> float:
 
 
 def place_heat(
-    relevance: NDArray[Any], region: Region, size: tuple[int, int], *, signed: bool = False
+    relevance: NDArray[Any],
+    region: Region,
+    size: tuple[int, int],
+    *,
+    signed: bool = False,
+    extent: tuple[float, float] | None = None,
 ) -> Heat:
     """Interpolate a grid over the region of a picture that the model saw.
 
@@ -52,13 +62,14 @@ def place_heat(
         region: Where the model looked.
         size: (height, width) of the picture.
         signed: As for ``normalize``.
+        extent: As for ``normalize``.
 
     Returns:
         (height, width) in [0, 1]; NaN where the model saw nothing.
     """
     heat = np.full(size, np.nan, dtype=np.float32)
     seen = heat[region.pixels(size)]
-    heat_of_cells = normalize(relevance, signed=signed)
+    heat_of_cells = normalize(relevance, signed=signed, extent=extent)
     # A cubic is rounder, but overshoots: beside what speaks for a class, into what speaks against.
     interpolation = cv2.INTER_LINEAR if signed else cv2.INTER_CUBIC
     grown = cv2.resize(heat_of_cells, (seen.shape[1], seen.shape[0]), interpolation=interpolation)

@@ -32,9 +32,10 @@ from vitviz.runs.records import Result, Writer, failure
 from vitviz.runs.writing import sweep
 from vitviz.streaming import map_ahead, stop_with, worker_threads
 
-__all__ = ["count_caveats", "run"]
+__all__ = ["Item", "count_caveats", "run"]
 
 _Other = TypeVar("_Other")
+Item = Explained | Failed | Result
 
 
 def run(
@@ -42,6 +43,7 @@ def run(
     sources: Sequence[Source],
     job: Job,
     *,
+    finish: Callable[[Iterator[Item]], Iterator[Item]] = iter,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Generator[Result, None, None]:
     """Explain images and write their maps, yielding one result an image in the order given.
@@ -52,6 +54,7 @@ def run(
         model: The model; it is left as it was.
         sources: The images.
         job: What to do with them.
+        finish: What is done to each image that is explained before it is written.
         warn: Is told what the user should know while the work goes on.
 
     Raises:
@@ -75,7 +78,7 @@ def run(
         explained = explain_samples(
             model, prepared, job.method, pictures=job.pictures, batch_size=batch_size, warn=warn
         )
-        told = count_caveats(explained, warn)
+        told = count_caveats(finish(explained), warn)
         written = map_ahead(pool, partial(_write, writer), told, depth, drain=True)
         yield from _up_to_fatal_error(written)
 
@@ -90,8 +93,8 @@ def count_caveats(
             path = item.sample.source.path
             tally.add(item.sample.remarks, "image", path)
             for explanation in item.maps:
-                found = explanation.diagnostics.caveats() if explanation.diagnostics else ()
-                tally.add((Remark(*caveat.value) for caveat in found), "map", path)
+                found = (Remark(*caveat.value) for caveat in explanation.caveats())
+                tally.add(found, "map", path)
         yield item
     tally.tell(warn)
 
