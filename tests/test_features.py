@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vitviz
 from comparison import loaded
@@ -27,6 +30,7 @@ from vitviz.errors import OptionError
 from vitviz.explaining.batch import explain_batch
 from vitviz.images.fitting import Region
 from vitviz.methods.features import Features, Similarity
+from vitviz.methods.method import Method
 from vitviz.pictures import components
 from vitviz.pictures.components import ColorSpace, patches_of, principal_components, spread
 from vitviz.pictures.painting import paint
@@ -268,6 +272,55 @@ def test_features_are_skipped_only_where_their_colors_are_the_same(
     assert all(Path(path).read_bytes() == content for path, content in pictures.items())
     picture(40, 40, seed=9).save("photos/one-more.png")
     assert f"{len(pictures) + 1} written, 0 skipped" in shell(*again).err
+
+
+def test_commands_and_functions_draw_the_same(shell: Shell, tiny: list[str]) -> None:
+    assert shell("features", "photos", *tiny).code == 0
+    for found in vitviz.features(tiny_model(), "photos"):
+        with Image.open(f"vitviz-out/{found.source}.features.heatmap.png") as written:
+            drawn = np.asarray(written, np.int16) - np.asarray(found.heatmap(), np.int16)
+        assert np.abs(drawn).max() <= 1
+
+
+def test_colors_are_fitted_on_what_there_is_if_no_chosen_image_can_be_read(
+    shell: Shell, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(components, "_IMAGES", 2)
+    Path("photos/0.png").write_bytes(b"no picture")
+    Path("photos/z.png").write_bytes(b"no picture")
+    done = shell("features", "photos", *tiny)
+    assert done.code == 1
+    assert "3 written, 0 skipped, 2 failed" in done.err
+
+
+def test_similarity_without_an_image_shows_its_usage(shell: Shell) -> None:
+    assert "vitviz similarity [OPTIONS] IMAGE...; for example:" in shell("similarity").err
+
+
+@pytest.mark.parametrize("method", [Features, partial(Similarity, patch=(0, 0))])
+def test_outlier_tokens_are_those_of_the_block(method: Callable[..., Method]) -> None:
+    def strengthen(block: object, inputs: object, tokens: torch.Tensor) -> torch.Tensor:
+        factors = torch.ones(tokens.shape[1], 1)
+        factors[7] = 100
+        return tokens * factors
+
+    model = vitviz.load_model(tiny_module(), device="cpu")
+    model.module.blocks[3].register_forward_hook(strengthen)  # type: ignore[index, union-attr]
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    counts = [explain_batch(model, images, method(block=each)).outlier_tokens for each in (2, 3)]
+    assert [each.tolist() for each in counts] == [[0, 0], [1, 1]]
+
+
+def test_outlier_tokens_are_told(
+    shell: Shell, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "vitviz.explaining.batch.outlier_tokens",
+        lambda tokens, prefix: torch.ones(len(tokens), dtype=torch.int64),
+    )
+    done = shell("features", "photos", "--block", "2", *tiny)
+    assert "patch tokens of outlying norm in 3 maps, the first of photos/a.png" in done.err
+    assert "attention" not in done.err
 
 
 def test_image_that_cannot_be_read_spoils_no_other(shell: Shell, tiny: list[str]) -> None:

@@ -51,8 +51,9 @@ def refuse_one_dash(words: Sequence[str], options: Sequence[str]) -> None:
 def _usage(context: Any) -> str:
     """Say how a command is used to which something is missing."""
     command = context.command_path
+    taken = next(each.metavar for each in context.command.params if each.nargs == -1)
     example = (context.command.epilog or "").split("\n\n")[1].strip()
-    return f" Usage: {command} [OPTIONS] SOURCE...; for example: {example}; options: {command} -h"
+    return f" Usage: {command} [OPTIONS] {taken}...; for example: {example}; options: {command} -h"
 
 
 def _elsewhere(option: str, context: Any) -> str:

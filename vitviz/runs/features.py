@@ -61,9 +61,11 @@ class Coloring:
 
     def finish(self, items: Iterable[Item]) -> Iterator[Item]:
         """Give each image that is explained its colours."""
+        colors = None
         for item in items:
             if isinstance(item, Explained):
-                maps = tuple(replace(each, colors=self._colors) for each in item.maps)
+                colors = colors or self._fitted(item)
+                maps = tuple(replace(each, colors=colors) for each in item.maps)
                 item = replace(item, maps=maps)
             yield item
 
@@ -71,11 +73,12 @@ class Coloring:
     def _chosen(self) -> list[Source]:
         return [self.sources[each] for each in spread(len(self.sources))]
 
-    @cached_property
-    def _colors(self) -> ColorSpace:
+    def _fitted(self, first: Explained) -> ColorSpace:
+        """Fit colours; on the first image that can be read where none of those chosen can be."""
         chosen = self._chosen
         explained = _explained(self.model, chosen, self.method, self.given)
-        return fit_colors(self.method, patches_in(explained, len(chosen)))
+        patches = patches_in(explained, len(chosen)) or patches_in([first], 1)
+        return fit_colors(self.method, patches)
 
 
 def compared(model: Model, source: Source, method: Similarity, job: Job) -> Job:
