@@ -5,6 +5,7 @@ All entrypoints, as wide as they are, are in sweep_zoo.py.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,10 @@ import numpy as np
 import pytest
 
 from vitviz.errors import UnsupportedModelError
+from vitviz.explaining.batch import explain_batch
+from vitviz.methods.features import Features
 from vitviz.models.building import build_skeleton
+from vitviz.models.model import load_model
 from vitviz.models.preprocessing import preprocessing_of
 from vitviz.models.tokens import Readout, read_layout
 from zoo import (
@@ -142,6 +146,20 @@ def test_relevance_equals_reference(pair: tuple[Member, Specimen]) -> None:
     specimen = pair[1]
     assert specimen.has_logit
     assert_relevance_equals_reference(specimen)
+
+
+@pytest.mark.parametrize("block", [0, None])
+def test_features_equal_those_of_timm_with_and_without_a_head(
+    pair: tuple[Member, Specimen], block: int | None
+) -> None:
+    specimen = pair[1]
+    expected = specimen.features(1 if block is None else block)
+    headless = copy.deepcopy(specimen.module)
+    headless.reset_classifier(0)  # type: ignore[operator]
+    for model in (specimen.loaded, load_model(headless, device="cpu")):
+        found = explain_batch(model, specimen.images(), Features(block=block)).relevance[:, 0]
+        error = np.abs(found.numpy() - expected).max() / np.abs(expected).max()
+        assert error < 1e-5
 
 
 ALONE = "has no single sequence of transformer blocks"

@@ -100,6 +100,20 @@ class Specimen:
         generator = torch.Generator().manual_seed(1 + _seed(self.name))
         return torch.randn(count, 3, *self.size, generator=generator, dtype=torch.float64)
 
+    def features(self, block: int) -> Array:
+        """Compute patch features (batch, channels, rows, cols) by timm's own function."""
+        with torch.no_grad():
+            found = self.module.forward_intermediates(  # type: ignore[operator]
+                self.images(),
+                indices=[block],
+                norm=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+        (tokens,) = found["image_intermediates"] if isinstance(found, dict) else found
+        patches = tokens[:, -math.prod(GRID) :].transpose(1, 2)
+        return patches.reshape(*patches.shape[:2], *GRID).numpy()
+
     @cached_property
     def loaded(self) -> Model:
         """The same, loaded with the package."""

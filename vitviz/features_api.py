@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,14 +115,11 @@ def similarity(
         patch=tuple(whole("patch", each) for each in patch),  # type: ignore[arg-type]  # checked
         refine=whole("refine", refine),
     )
-    (of_image,) = explain(
-        model, [image], features_at(method), fit=Fit(fit), value_range=value_range
-    )
-    return explain(
-        *(model, [image, *images_in(to)], reference_at(method, of_image)),
+    run = partial(explain, model, fit=Fit(fit), value_range=value_range)
+    (of_image,) = run([image], features_at(method))
+    return run(
+        *([image, *images_in(to)], reference_at(method, of_image)),
         pictures=pictures,
-        fit=Fit(fit),
-        value_range=value_range,
         batch_size=batch_size,
         errors=errors,
     )
