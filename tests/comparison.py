@@ -214,6 +214,7 @@ def linear_by_hand(
     steps: LinearSteps = linear_oracles.STEPS,
     readout: Array | None = None,
     classes: tuple[int, ...] | None = None,
+    versus: int | None = None,
 ) -> Array:
     """Compute relevance or evidence (batch, maps, rows, cols) from the formulas.
 
@@ -224,11 +225,13 @@ def linear_by_hand(
         steps: Mistaken formulas.
         readout: Mistaken w of the classic form.
         classes: Mistaken classes, in place of the two that are asked for by number.
+        versus: The class that all of these are compared with.
     """
     trace = traced(case)
     count = len(trace.logits)
     of_maps = [[index] * count for index in classes or case.classes] + [trace.top_class()]
-    maps = [_linear_tokens(case, setting, each, rules, steps, readout) for each in of_maps]
+    others = None if versus is None else [versus] * count
+    maps = [_linear_tokens(case, setting, each, others, rules, steps, readout) for each in of_maps]
     return np.stack(
         [
             np.stack([oracles.on_grid(each[image], case.prefix_tokens, case.grid) for each in maps])
@@ -248,13 +251,14 @@ def _linear_tokens(
     case: TinyCase,
     setting: LinearSetting,
     class_of_image: list[int],
+    versus: list[int] | None,
     rules: Rules | None,
     steps: LinearSteps,
     readout: Array | None,
 ) -> list[Array]:
     """Compute one map of each image (tokens)."""
     if setting.name == "classic":
-        gradients = traced(case).gradients(class_of_image)
+        gradients = traced(case).gradients(class_of_image, versus)
         return [
             linear_oracles.classic_relevance(
                 [block[image] for block in traced(case).attention],
@@ -266,7 +270,7 @@ def _linear_tokens(
             for image in range(len(class_of_image))
         ]
     right = linear_oracles.SHARED if setting.name == "shared" else linear_oracles.VALUE
-    images = linear_traced(case, rules or right).about(class_of_image)
+    images = linear_traced(case, rules or right).about(class_of_image, versus)
     if setting.is_evidence:
         return [linear_oracles.token_evidence(image, steps=steps) for image in images]
     return [

@@ -100,9 +100,13 @@ class LinearTrace:
     def blocks(self) -> int:
         return len(self.projections)
 
-    def about(self, class_of_image: Sequence[int]) -> list[ImageTrace]:
-        """Take the gradients of a class given for each image."""
+    def about(
+        self, class_of_image: Sequence[int], versus: Sequence[int] | None = None
+    ) -> list[ImageTrace]:
+        """Take the gradients of a class given for each image, or of it less another."""
         chosen = self.scores[torch.arange(len(class_of_image)), list(class_of_image)].sum()
+        if versus is not None:
+            chosen = chosen - self.scores[torch.arange(len(versus)), list(versus)].sum()
         attention = self.attention[: self.blocks]
         wanted = [*attention, *self.tokens]
         gradients = [

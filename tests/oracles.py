@@ -38,9 +38,16 @@ class Trace:
     probabilities: list[Tensor]
     scores: Tensor
 
-    def gradients(self, class_of_image: Sequence[int]) -> list[Array]:
-        """Return ∂y_c/∂A_l (batch, heads, N, N) for each block, c given for each image."""
+    def gradients(
+        self, class_of_image: Sequence[int], versus: Sequence[int] | None = None
+    ) -> list[Array]:
+        """Return ∂y_c/∂A_l (batch, heads, N, N) for each block, c given for each image.
+
+        With ``versus``, another class for each image: ∂(y_c − y_d)/∂A_l.
+        """
         chosen = self.scores[torch.arange(len(class_of_image)), list(class_of_image)]
+        if versus is not None:
+            chosen = chosen - self.scores[torch.arange(len(versus)), list(versus)]
         gradients = torch.autograd.grad(chosen.sum(), self.probabilities, retain_graph=True)
         return [gradient.numpy().copy() for gradient in gradients]
 

@@ -37,7 +37,9 @@ from vitviz.options import HeadFusion as HeadFusion
 from vitviz.options import PictureOptions as PictureOptions
 from vitviz.python_values import Classes as Classes
 from vitviz.python_values import Images as Images
+from vitviz.python_values import Target as Target
 from vitviz.python_values import Values as Values
+from vitviz.python_values import Versus as Versus
 
 __version__: str
 '''

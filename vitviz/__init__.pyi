@@ -19,7 +19,9 @@ from vitviz.options import HeadFusion as HeadFusion
 from vitviz.options import PictureOptions as PictureOptions
 from vitviz.python_values import Classes as Classes
 from vitviz.python_values import Images as Images
+from vitviz.python_values import Target as Target
 from vitviz.python_values import Values as Values
+from vitviz.python_values import Versus as Versus
 
 __version__: str
 
@@ -44,6 +46,7 @@ def grad_rollout(
     images: Images,
     *,
     classes: Classes = ("top1",),
+    versus: Versus = None,
     discard: float = 0.9,
     start_layer: int = 0,
     refine: int = 1,
@@ -52,6 +55,7 @@ def grad_rollout(
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
     errors: str = "raise",
+    target: Target | None = None,
 ) -> list[Explanation]:
     """Rollout of attention weighted with the gradient of a class's logit."""
 
@@ -60,6 +64,7 @@ def relevance(
     images: Images,
     *,
     classes: Classes = ("top1",),
+    versus: Versus = None,
     classic: bool = False,
     start_layer: int | None = None,
     refine: int = 1,
@@ -68,6 +73,7 @@ def relevance(
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
     errors: str = "raise",
+    target: Target | None = None,
 ) -> list[Explanation]:
     """Gradient relevance with a linearised backward pass and weighed values."""
 
@@ -76,6 +82,7 @@ def evidence(
     images: Images,
     *,
     classes: Classes = ("top1",),
+    versus: Versus = None,
     rule: AttentionRule | str = AttentionRule.VALUE,
     refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
@@ -83,6 +90,7 @@ def evidence(
     batch_size: int | None = None,
     pictures: PictureOptions | None = None,
     errors: str = "raise",
+    target: Target | None = None,
 ) -> list[Explanation]:
     """Signed evidence for a class: x ⊙ ∂y/∂x at all blocks, with a linearised backward pass."""
 

@@ -10,16 +10,14 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from vitviz.errors import ImageError, OptionError
 from vitviz.evaluation.measuring import measure
-from vitviz.evaluation.options import EvaluationOptions
 from vitviz.evaluation.summary import Evaluation, summarize
-from vitviz.evaluation.tasks import AnnotatedImage, annotated_images
 from vitviz.explaining import samples as explaining
 from vitviz.explaining.explanation import Explanation
 from vitviz.explaining.samples import Explained, Failed, images_at_once, input_transform
@@ -33,12 +31,14 @@ from vitviz.models.model import Model
 from vitviz.options import Convention, Fit, PictureOptions, ValueRange, whole
 from vitviz.python_values import (
     Images,
+    Target,
     Values,
-    class_words,
+    Versus,
+    evaluation_options,
     images_in,
     option_value,
     require_inputs,
-    source_of,
+    subjects_of,
 )
 from vitviz.python_words import in_python_words, warn, warn_of_maps
 from vitviz.runs.pipeline import count_caveats
@@ -68,12 +68,18 @@ _SHARED = """\
         batch_size: Images run at once; None: chosen by the number of tokens.
         pictures: How the maps draw themselves; None: as by default.
         errors: ``raise``, or ``skip`` to leave out images that fail, with a warning.
-
+{target}
     Returns:
         One explanation for each image{and_class}.
 
     Raises:
         VitvizError: An option or an image is not usable.
+"""
+
+
+_TARGET = """\
+        target: What to explain in place of a class: a function of logits (batch, classes) to
+            scores (batch), tensors both, ``lambda logits: logits[:, 3] - logits[:, 5]``.
 """
 
 
@@ -137,6 +143,7 @@ def explain(
     value_range: Values = None,
     batch_size: int | None = None,
     errors: str = "raise",
+    target: Target | None = None,
 ) -> list[Explanation]:
     """Explain images and return their maps, image by image, class by class.
 
@@ -149,6 +156,7 @@ def explain(
         value_range: As for ``load_samples``.
         batch_size: Images run at once; None: chosen by the number of tokens.
         errors: ``raise``, or ``skip`` to leave out images that fail, with a warning.
+        target: As for ``explain_samples``.
 
     Raises:
         ImageError: An image cannot be read or explained.
@@ -165,7 +173,11 @@ def explain(
         model, images, fit=fit, value_range=value_range, max_size=pictures.max_size
     )
     explained = explaining.explain_samples(
-        model, samples, method, pictures=pictures, batch_size=batch_size, warn=warn
+        *(model, samples, method),
+        target=target,
+        pictures=pictures,
+        batch_size=batch_size,
+        warn=warn,
     )
     return _maps_of(count_caveats(explained, warn_of_maps), skip=errors == "skip")
 
@@ -213,6 +225,7 @@ def _function(method: type[Method], name: str) -> Callable[..., list[Explanation
         batch_size: int | None = None,
         pictures: PictureOptions | None = None,
         errors: str = "raise",
+        target: Target | None = None,
         **options: Any,
     ) -> list[Explanation]:
         made = method(
@@ -225,6 +238,7 @@ def _function(method: type[Method], name: str) -> Callable[..., list[Explanation
             batch_size=batch_size,
             pictures=pictures,
             errors=errors,
+            target=target,
         )
 
     hints = get_type_hints(method)
@@ -239,11 +253,14 @@ def _function(method: type[Method], name: str) -> Callable[..., list[Explanation
         )
         for each in declared
     ]
-    wrapper = _checked(in_python_words(explain_images), {each.name for each in declared})
+    # A target stands in the place of a class.
+    last = -1 if issubclass(method, ClassMethod) else -2
+    parameters = [*shared[:2], *own, *shared[2:last]]
+    wrapper = _checked(in_python_words(explain_images), {each.name for each in parameters})
     wrapper.__name__ = wrapper.__qualname__ = name
     wrapper.__doc__ = _docstring(method)
     wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [*shared[:2], *own, *shared[2:-1]], return_annotation="list[Explanation]"
+        parameters, return_annotation="list[Explanation]"
     )
     return wrapper
 
@@ -253,9 +270,7 @@ def _checked(function: _Function, names: set[str]) -> _Function:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        shared = {"fit", "value_range", "batch_size", "pictures", "errors"}
-        known = names | shared | {"model", "images"}
-        if unknown := [each for each in kwargs if each not in known]:
+        if unknown := [each for each in kwargs if each not in names]:
             raise TypeError(
                 f"{wrapper.__name__}() got an unexpected keyword argument {unknown[0]!r}"
             )
@@ -275,6 +290,8 @@ def _annotation(hint: Any) -> str:
     """Say what a Python user may give for an option of this type."""
     if hint == tuple[str, ...]:
         return "Classes"
+    if str in get_args(hint):
+        return "Versus"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"{hint.__name__} | str"
     return hint.__name__ if isinstance(hint, type) else str(hint)
@@ -285,8 +302,12 @@ def _docstring(method: type[Method]) -> str:
     options = "\n".join(
         f"        {each.name}: {each.metadata['option'].doc}" for each in _ordered(method)
     )
-    and_class = " and class, image by image" if issubclass(method, ClassMethod) else ""
-    shared = _SHARED.format(options=options, and_class=and_class)
+    about_class = issubclass(method, ClassMethod)
+    shared = _SHARED.format(
+        options=options,
+        target=_TARGET if about_class else "",
+        and_class=" and class, image by image" if about_class else "",
+    )
     return f"{summary}\n\n    Args:\n{shared}"
 
 
@@ -305,6 +326,7 @@ def evaluate(
     methods: Iterable[str] = (),
     masks: str | os.PathLike[str] | Sequence[Any] | None = None,
     target: int | str = "top1",
+    versus: Versus = None,
     truth: Sequence[int] | None = None,
     convention: Convention | str = Convention.VITVIZ,
     fit: Fit | str = Fit.SQUASH,
@@ -322,6 +344,7 @@ def evaluate(
         masks: A folder with PNGs of the images' names, or one mask an image: an array (height,
             width) of integers, 0 for the background, a path, or None.
         target: Class explained: an index, a label, ``top1``, ``truth`` or ``mask`` (values - 1).
+        versus: Class that it is compared with: an index, a label, or ``topK``.
         truth: The true class of each image.
         convention: ``vitviz`` or ``chefer2021``; see ``perturbation.PERTURBATIONS``.
         fit: As for ``rollout``.
@@ -336,47 +359,10 @@ def evaluate(
     Raises:
         VitvizError: An option is not usable.
     """
-    options = EvaluationOptions(
-        methods=(methods,) if isinstance(methods, str) else tuple(methods),
-        target=class_words(target)[0],
-        convention=Convention(convention),
-        fit=Fit(fit),
-        value_range=ValueRange.ensure(value_range),
-        batch_size=_batch_size(batch_size),
-        seed=whole("seed", seed),
-        resamples=whole("resamples", resamples),
+    options = evaluation_options(
+        *(methods, target, versus, Convention(convention)),
+        *(Fit(fit), ValueRange.ensure(value_range), _batch_size(batch_size)),
+        *(seed, resamples),
     )
-    subjects = _subjects(model, images, masks, truth)
+    subjects = subjects_of(model, images, masks, truth)
     return summarize(model, options, list(measure(model, subjects, options, warn=warn)))
-
-
-def _subjects(
-    model: Model,
-    images: Images,
-    masks: str | os.PathLike[str] | Sequence[Any] | None,
-    truth: Sequence[int] | None,
-) -> list[AnnotatedImage]:
-    """Put together what is known about each image."""
-    require_inputs(model, images)
-    given = list(images_in(images))
-    if isinstance(masks, (str, os.PathLike)):
-        found = annotated_images(map(source_of, range(len(given)), given), masks=Path(masks))
-        of_each: list[Any] = [subject.mask for subject in found]
-    else:
-        found = annotated_images(map(source_of, range(len(given)), given))
-        of_each = [None] * len(given) if masks is None else list(masks)
-    classes = [None] * len(given) if truth is None else list(truth)
-    if not len(given) == len(of_each) == len(classes):
-        raise OptionError(
-            f"{len(given)} images, {len(of_each)} masks, {len(classes)} true classes: give one of "
-            "each an image"
-        )
-    return [
-        replace(
-            subject,
-            image=None if isinstance(image, (str, os.PathLike)) else image,
-            mask=Path(mask) if isinstance(mask, (str, os.PathLike)) else mask,
-            truth=None if true_class is None else whole("truth", true_class),
-        )
-        for subject, image, mask, true_class in zip(found, given, of_each, classes, strict=True)
-    ]

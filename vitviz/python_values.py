@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from vitviz.errors import OptionError, SourceError
+from vitviz.evaluation.options import EvaluationOptions
+from vitviz.evaluation.tasks import AnnotatedImage, annotated_images
 from vitviz.images.sources import Source, find_sources
 from vitviz.models.model import Model
-from vitviz.options import ValueRange, real, whole
+from vitviz.options import Convention, Fit, ValueRange, real, whole
 from vitviz.runs.provenance import read_provenance
 
 __all__ = [
     "Classes",
     "Images",
+    "Target",
     "Values",
+    "Versus",
     "class_words",
+    "evaluation_options",
     "images_in",
+    "one_class",
     "option_value",
     "require_inputs",
-    "source_of",
+    "subjects_of",
 ]
 
 Images = (
@@ -33,6 +41,8 @@ Images = (
 )
 Values = ValueRange | str | tuple[float, float] | None
 Classes = int | str | Iterable[int | str]
+Versus = int | str | None
+Target = Callable[[Tensor], Tensor]
 
 
 def option_value(name: str, hint: Any, value: Any) -> Any:
@@ -43,6 +53,8 @@ def option_value(name: str, hint: Any, value: Any) -> Any:
     """
     if hint == tuple[str, ...]:
         return class_words(value)
+    if str in get_args(hint):
+        return one_class(name, value)
     if value is None and type(None) in get_args(hint):
         return None
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -69,6 +81,47 @@ def class_words(value: Any) -> tuple[str, ...]:
     except TypeError:
         given = [value]
     return tuple(each if isinstance(each, str) else str(whole("classes", each)) for each in given)
+
+
+def one_class(name: str, value: Any) -> str | None:
+    """Write one class as it is typed; None stays what it is.
+
+    Raises:
+        OptionError: It is none, or several.
+    """
+    words = (None,) if value is None else class_words(value)
+    if len(words) != 1:
+        raise OptionError(f"{name} is {value!r}; give one index or one label")
+    return words[0]
+
+
+def evaluation_options(
+    methods: Iterable[str],
+    target: Any,
+    versus: Any,
+    convention: Convention,
+    fit: Fit,
+    value_range: ValueRange | None,
+    batch_size: int | None,
+    seed: Any,
+    resamples: Any,
+) -> EvaluationOptions:
+    """Bring what ``evaluate`` is given to its options.
+
+    Raises:
+        OptionError: Something is no option.
+    """
+    return EvaluationOptions(
+        methods=(methods,) if isinstance(methods, str) else tuple(methods),
+        target=class_words(target)[0],
+        versus=one_class("versus", versus),
+        convention=convention,
+        fit=fit,
+        value_range=value_range,
+        batch_size=batch_size,
+        seed=whole("seed", seed),
+        resamples=whole("resamples", resamples),
+    )
 
 
 def require_inputs(model: object, images: object) -> None:
@@ -103,10 +156,46 @@ def images_in(images: Images) -> Iterator[Any]:
         yield from (source.path for source in found)
 
 
-def source_of(number: int, image: Any) -> Source:
+def _source_of(number: int, image: Any) -> Source:
     """Name an image, by its path if it has one."""
     if not isinstance(image, (str, os.PathLike)):
         return Source(path=Path(f"image {number}"), key=f"image {number}")
     path = Path(image)
     whole_path = Path(os.path.abspath(path))  # noqa: PTH100 (".." is taken out, links stay)
     return Source(path=path, key=whole_path.relative_to(whole_path.anchor).as_posix())
+
+
+def subjects_of(
+    model: Model,
+    images: Images,
+    masks: str | os.PathLike[str] | Sequence[Any] | None,
+    truth: Sequence[int] | None,
+) -> list[AnnotatedImage]:
+    """Put together what is known about each image, as ``evaluate`` takes it.
+
+    Raises:
+        OptionError: There is not one of each an image.
+    """
+    require_inputs(model, images)
+    given = list(images_in(images))
+    if isinstance(masks, (str, os.PathLike)):
+        found = annotated_images(map(_source_of, range(len(given)), given), masks=Path(masks))
+        of_each: list[Any] = [subject.mask for subject in found]
+    else:
+        found = annotated_images(map(_source_of, range(len(given)), given))
+        of_each = [None] * len(given) if masks is None else list(masks)
+    classes = [None] * len(given) if truth is None else list(truth)
+    if not len(given) == len(of_each) == len(classes):
+        raise OptionError(
+            f"{len(given)} images, {len(of_each)} masks, {len(classes)} true classes: give one of "
+            "each an image"
+        )
+    return [
+        replace(
+            subject,
+            image=None if isinstance(image, (str, os.PathLike)) else image,
+            mask=Path(mask) if isinstance(mask, (str, os.PathLike)) else mask,
+            truth=None if true_class is None else whole("truth", true_class),
+        )
+        for subject, image, mask, true_class in zip(found, given, of_each, classes, strict=True)
+    ]

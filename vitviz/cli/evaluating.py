@@ -106,6 +106,7 @@ def _evaluation_options(run: EvaluationRun) -> EvaluationOptions:
     return EvaluationOptions(
         methods=tuple(run.methods),
         target=run.targets[0],
+        versus=run.versus,
         convention=run.convention,
         fit=run.fit,
         value_range=ValueRange.ensure(run.value_range),

@@ -254,6 +254,16 @@ class EvaluationRun(SharedOptions):
             "an image's mask names (its values are class indices + 1).",
         ),
     ] = ("top1",)  # type: ignore[assignment]  # a default must not be mutable
+    versus: Annotated[
+        str | None,
+        _option(
+            EXPLAIN,
+            metavar="C",
+            help="Measure on how much more than this class it scores: an index, a label, or topK, "
+            "the K-th best alone.",
+            show_default=False,
+        ),
+    ] = None
     masks: Annotated[
         Path | None,
         declare(

@@ -9,7 +9,7 @@ import numpy as np
 
 from vitviz.errors import OptionError
 from vitviz.evaluation.options import require_matplotlib
-from vitviz.evaluation.perturbation import PERTURBATIONS
+from vitviz.evaluation.perturbation import PERTURBATIONS, score_name
 from vitviz.evaluation.summary import CSV_HEADER, Evaluation
 from vitviz.images.sources import identity
 from vitviz.runs.provenance import Provenance, encode_picture, read_provenance
@@ -87,7 +87,7 @@ def draw_curves(evaluation: Evaluation) -> np.ndarray[tuple[int, ...], np.dtype[
     )
     return draw_pixels(
         f"{evaluation.settings['model']}, {evaluation.images} images",
-        f"{evaluation.settings['score_kind']} probability of the class explained",
+        score_name(evaluation.settings["score_kind"], evaluation.settings["options"].get("versus")),
         (deletion, insertion),
         [
             Entry(

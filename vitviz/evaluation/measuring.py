@@ -26,11 +26,13 @@ from vitviz.evaluation.scores import ClassScores, ModelOutput, failed, locate
 from vitviz.evaluation.tasks import AnnotatedImage, Failure, Task, TaskLoader, seen
 from vitviz.explaining.batch import predict_batch
 from vitviz.explaining.samples import Explained, Explainer, Failed, images_at_once, to_tensor
+from vitviz.explaining.targets import targets_of
 from vitviz.images.remarks import Tally
 from vitviz.images.samples import ImageSample
 from vitviz.images.sources import Source
 from vitviz.methods.method import Method
 from vitviz.methods.table import named_method, variants
+from vitviz.models.labels import ClassRequest, parse_versus
 from vitviz.models.model import Model
 from vitviz.streaming import AdaptiveBatches, in_batches, map_ahead, worker_threads
 
@@ -160,6 +162,11 @@ class _Measuring:
         self._model = model
         self._advance = advance
         self._seed = options.seed
+        self._versus = (
+            None
+            if options.versus is None
+            else parse_versus(options.versus, model.labels, model.num_classes)
+        )
         self._names = method_names(model, options)
         self._perturbation = PERTURBATIONS[options.convention]
         methods = _methods(model, options)
@@ -204,12 +211,15 @@ class _Measuring:
             explained if task.truth is None else task.truth
             for task, explained in zip(tasks, classes, strict=True)
         ]
+        explained = torch.tensor(classes).view(-1, 1, 1)
+        pairs = targets_of(logits, (ClassRequest(versus=self._versus),), explained)[:, 0]
         return Untouched(
             images=images,
             logits=logits,
-            classes=torch.tensor(classes),
+            classes=pairs[:, 0],
             targets=torch.tensor(targets),
             ties=self._baseline("random", tasks),
+            versus=None if self._versus is None else pairs[:, 1],
         )
 
     def _explain(
@@ -217,12 +227,13 @@ class _Measuring:
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the maps (batch, rows, cols) of each method, and their costs."""
         samples, classes = [task.sample for task in tasks], batch.classes.tolist()
+        versus = None if batch.versus is None else batch.versus.tolist()
 
         def explain(name: str) -> Tensor:
             if name in BASELINES:
                 return self._baseline(name, tasks)
-            found = self._explainers[name].explain(samples, classes, at_once=self.batch_size)
-            return _stacked(found)
+            make = self._explainers[name].explain
+            return _stacked(make(samples, classes, versus, at_once=self.batch_size))
 
         _, plain = _timed(lambda: predict_batch(self._model, batch.images))
         timed = {}
@@ -254,6 +265,13 @@ class _Measuring:
         costs: Mapping[str, float],
     ) -> ModelOutput | Failure:
         """Pick one task's part out of a batch."""
+        versus = None if batch.versus is None else int(batch.versus[row])
+        if versus == batch.classes[row]:
+            return failed(
+                task,
+                f"would have class {versus} compared with itself: it is the one explained, and "
+                "the one of --versus",
+            )
         for name in self._names:
             sound = maps[name][row].isfinite().all() and curves[name][row].finite
             if not sound:
@@ -261,6 +279,7 @@ class _Measuring:
         return ModelOutput(
             task=task,
             class_index=int(batch.classes[row]),
+            versus_index=versus,
             relevance={name: each[row] for name, each in maps.items()},
             curves={name: each[row] for name, each in curves.items()},
             costs=costs,

@@ -21,6 +21,8 @@ class EvaluationOptions:
             model.
         target: The class that maps explain: ``top1``, an index, a label, ``mask`` for each class
             that the image's mask names, or ``truth`` for the image's true class.
+        versus: The class that it is compared with: an index, a label or ``topK``; maps and
+            scores are of the difference of the two logits then.
         convention: How faithfulness is measured.
         fit: How images are brought to the model's size.
         value_range: Which values of pixels become black and white; None: by the range of their
@@ -33,6 +35,7 @@ class EvaluationOptions:
 
     methods: tuple[str, ...] = ()
     target: str = "top1"
+    versus: str | None = None
     convention: Convention = Convention.VITVIZ
     fit: Fit = Fit.SQUASH
     value_range: ValueRange | None = None

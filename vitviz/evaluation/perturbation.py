@@ -26,6 +26,7 @@ __all__ = [
     "Untouched",
     "measure_curves",
     "rank_parts",
+    "score_name",
     "seen_size",
     "upsample",
 ]
@@ -103,6 +104,8 @@ class Untouched:
         logits: (images, classes), what the model says of them.
         classes: (images), the class explained.
         targets: (images), the class that counts as right.
+        versus: (images), the class that the one explained is compared with; None where there is
+            none.
         ties: (images, rows, cols) on the model's grid, whose order decides between parts that are
             equally relevant, so that a map that is the same everywhere scores as this one does.
     """
@@ -112,6 +115,7 @@ class Untouched:
     classes: Tensor
     targets: Tensor
     ties: Tensor
+    versus: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,10 +123,12 @@ class Curves:
     """What the model says of one image as its parts go, in two orders.
 
     Attributes:
-        probability: (orders, shares), the score of the class explained; the first order removes
-            the most relevant parts first, the second the least relevant.
-        accuracy: (orders, shares), 1 where the class of the highest logit is the right one; of a
-            head with one output, where its sign is that of the untouched image.
+        probability: (orders, shares), the score of the class explained, of two the probability
+            of the first of them; the first order removes the most relevant parts first, the
+            second the least relevant.
+        accuracy: (orders, shares), 1 where the class of the highest logit is the right one, of
+            two where the first has the higher one; of a head with one output, where its sign is
+            that of the untouched image.
     """
 
     probability: NDArray[np.float32]
@@ -132,6 +138,13 @@ class Curves:
     def finite(self) -> bool:
         """Whether all of it are numbers."""
         return bool(np.isfinite(self.probability).all())
+
+
+def score_name(kind: str, versus: str | None) -> str:
+    """Say in words what curves are of, by the kind of score and ``--versus``."""
+    if versus is None:
+        return f"{kind} probability of the class explained"
+    return f"probability of the class explained rather than {versus}, of these two"
 
 
 def seen_size(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
@@ -231,9 +244,11 @@ def _filled(images: Tensor, removed: Tensor, size: tuple[int, int], fill: Tensor
 
 def _curves(scores: Tensor, logits: Tensor, batch: Untouched) -> list[Curves]:
     """Read curves off scores and logits (images, orders, shares, classes)."""
-    explained = batch.classes.view(-1, 1, 1, 1).expand(*scores.shape[:3], 1)
-    probability = scores.gather(3, explained)[..., 0].numpy()
-    if logits.shape[3] == 1:  # yes or no, and right is what was said of the whole image
+    probability = _of_class(scores, batch.classes).numpy()
+    if batch.versus is not None:
+        margin = _of_class(logits, batch.classes) - _of_class(logits, batch.versus)
+        probability, right = margin.sigmoid().numpy(), margin > 0
+    elif logits.shape[3] == 1:  # yes or no, and right is what was said of the whole image
         right = (logits[..., 0] > 0) == (batch.logits.view(-1, 1, 1) > 0)
     else:
         right = logits.argmax(dim=3) == batch.targets.view(-1, 1, 1)
@@ -242,3 +257,8 @@ def _curves(scores: Tensor, logits: Tensor, batch: Untouched) -> list[Curves]:
         Curves(probability=score, accuracy=share)
         for score, share in zip(probability, accuracy, strict=True)
     ]
+
+
+def _of_class(values: Tensor, classes: Tensor) -> Tensor:
+    """Pick a class of each image: (images, orders, shares, classes) → (images, orders, shares)."""
+    return values.gather(3, classes.view(-1, 1, 1, 1).expand(*values.shape[:3], 1))[..., 0]

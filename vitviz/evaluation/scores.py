@@ -28,6 +28,8 @@ class ClassScores:
     Attributes:
         class_index: The class that the maps explain.
         class_label: Its name, if it has one.
+        versus_index: The class that it is compared with, if any.
+        versus_label: Its name, if it has one.
         truth: The image's true class, where it is known; else the class explained counts as right.
         scores: Of each method's map, the metrics by name; without a mask, those that need none.
         curves: What the model says as parts of the image go, (shares) in each of two orders, for
@@ -37,6 +39,8 @@ class ClassScores:
 
     class_index: int
     class_label: str | None
+    versus_index: int | None
+    versus_label: str | None
     truth: int | None
     scores: Mapping[str, Mapping[str, float]]
     curves: Mapping[str, Curves]
@@ -49,6 +53,7 @@ class ModelOutput:
 
     task: Task
     class_index: int
+    versus_index: int | None
     relevance: Mapping[str, Tensor]
     curves: Mapping[str, Curves]
     costs: Mapping[str, float]
@@ -67,6 +72,8 @@ def locate(
     case = ClassScores(
         class_index=item.class_index,
         class_label=model.labels[item.class_index],
+        versus_index=item.versus_index,
+        versus_label=None if item.versus_index is None else model.labels[item.versus_index],
         truth=item.task.truth,
         scores={
             name: {

@@ -17,7 +17,7 @@ from vitviz.evaluation.baselines import BASELINES, CENTRE_SIGMA
 from vitviz.evaluation.measuring import ImageScores, method_names
 from vitviz.evaluation.metrics import Bootstrap, Interval, bootstrap
 from vitviz.evaluation.options import EvaluationOptions
-from vitviz.evaluation.perturbation import PERTURBATIONS
+from vitviz.evaluation.perturbation import PERTURBATIONS, score_name
 from vitviz.evaluation.scores import ClassScores
 from vitviz.methods.table import named_method
 from vitviz.models.model import Model
@@ -318,6 +318,7 @@ def _settings(model: Model, options: EvaluationOptions) -> dict[str, Any]:
         "score_kind": model.score_kind,
         "options": {
             "class": options.target,
+            **({} if options.versus is None else {"versus": options.versus}),
             "fit": options.fit.value,
             **ValueRange.to_record(options.value_range),
             "size": list(model.preprocessing.size),
@@ -337,16 +338,20 @@ def _explanations(
     """Say in words what each number means."""
     perturbation = PERTURBATIONS[options.convention]
     right = "true class" if any(case.truth is not None for case in cases) else "class explained"
+    accuracy = f"top-1 accuracy, the {right} being right"
+    if options.versus is not None:
+        accuracy = "share of images whose class explained has the higher logit of the two"
     known = {name for case in cases for scores in case.scores.values() for name in scores}
     return {
-        "class": _TARGETS.get(options.target, f"{options.target}, in every image"),
+        "class": _TARGETS.get(options.target, f"{options.target}, in every image")
+        + ("" if options.versus is None else f"; compared with {options.versus}"),
         "removed": perturbation.describe(),
-        "deletion": f"{model.score_kind} probability of the class explained, the most relevant "
+        "deletion": f"{score_name(model.score_kind, options.versus)}, the most relevant "
         f"going first; area by {perturbation.describe_area()}",
         "insertion": "the same, the least relevant going first (read backwards: the most relevant "
         "coming first)",
         "difference": "insertion less deletion",
-        "positive": f"top-1 accuracy, the {right} being right, in the order of deletion",
+        "positive": f"{accuracy}, in the order of deletion",
         "negative": "the same in the order of insertion",
         **(_LOCATED if "pointing" in known else {}),
         **(_SPECIFICITY if "specificity" in known else {}),
@@ -364,10 +369,12 @@ def _is_masked(measurement: ImageScores) -> bool:
 
 
 def _record(measurement: ImageScores, case: ClassScores) -> dict[str, Any]:
+    other = {"versus_index": case.versus_index, "versus_label": case.versus_label}
     return {
         "source": os.fspath(measurement.source.path),
         "class_index": case.class_index,
         "class_label": case.class_label,
+        **({} if case.versus_index is None else other),
         "truth": case.truth,
         "scores": {name: dict(scores) for name, scores in case.scores.items()},
     }

@@ -123,7 +123,7 @@ class TaskLoader:
         self._frame = input_transform(model, options.fit, options.value_range)
         self._judged = any(subject.truth is not None for subject in subjects)
         masked = any(subject.mask is not None for subject in subjects)
-        self._wanted = _wanted_class(model, options.target, judged=self._judged, masked=masked)
+        self._wanted = _wanted_class(model, options, judged=self._judged, masked=masked)
 
     def prepare(self, numbered: tuple[int, AnnotatedImage]) -> list[Task | Failure]:
         """Return an image's tasks, one for each class that its maps explain."""
@@ -182,21 +182,23 @@ class TaskLoader:
         return [(value - 1, mask == value) for value in values]
 
 
-def _wanted_class(model: Model, word: str, *, judged: bool, masked: bool) -> int | str:
+def _wanted_class(
+    model: Model, options: EvaluationOptions, *, judged: bool, masked: bool
+) -> int | str:
     """Read the class that maps are asked to explain: an index, or top1, truth or mask.
 
     Raises:
         OptionError: It is several, or there is nothing to take it from.
         LabelError: It is none of the model's.
     """
-    known = {"truth": judged, "mask": masked}
+    word, known = options.target, {"truth": judged, "mask": masked}
     if word in known:
         if not known[word]:
             raise OptionError(
                 f"--class {word} has nothing to go by: no image has one; see --masks and --truth"
             )
         return word
-    requests = parse_requests([word], model.labels, model.num_classes)
+    requests = parse_requests([word], model.labels, model.num_classes, options.versus)
     if len(requests) != 1:
         raise OptionError(f"--class {word} is several classes; give top1, an index or a label")
     return "top1" if requests[0].class_index is None else requests[0].class_index

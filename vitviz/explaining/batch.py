@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitviz.errors import CaptureError, LabelError, OptionError, UnsupportedModelError
 from vitviz.explaining.parallel import map_parts
+from vitviz.explaining.targets import require_target, scores_of, targets_of, without_equals
 from vitviz.methods.diagnostics import outlier_tokens, prefix_attention
 from vitviz.methods.forward import ForwardPass, Target
 from vitviz.methods.linear_backward import LinearizedBackward
@@ -37,7 +38,11 @@ class BatchMaps:
         relevance: (batch, maps, rows, cols), float32 on the CPU, before any normalisation; not
             finite where there is none. Raw attention has (batch, 1, blocks, heads, rows, cols).
         logits: (batch, classes), on the CPU; classes is 0 for a model without a head.
-        class_indices: (batch, maps), the class of each map; None for a class-agnostic method.
+        targets: (batch, maps, 1), the class of each map, (batch, maps, 2) with the one that it is
+            compared with, (batch, 1, 0) for a score of the user's own; None for a class-agnostic
+            method.
+        scores: (batch, maps), y: the logit, the difference of two, or the user's own score; None
+            for a class-agnostic method.
         requests: What each map was asked for; empty for a class-agnostic method.
         prefix_attention: (batch), share of attention that goes to prefix tokens.
         outlier_tokens: (batch), number of patch tokens of large norm.
@@ -47,15 +52,31 @@ class BatchMaps:
 
     relevance: Tensor
     logits: Tensor
-    class_indices: Tensor | None
+    targets: Tensor | None
+    scores: Tensor | None
     requests: tuple[ClassRequest, ...]
     prefix_attention: Tensor
     outlier_tokens: Tensor
     gradient_norm_product: Tensor | None
 
+    @property
+    def class_indices(self) -> Tensor | None:
+        """(batch, maps), the class of each map; None where maps are of no class."""
+        if self.targets is None or not self.targets.shape[2]:
+            return None
+        return self.targets[..., 0]
 
-def class_requests(model: Model, method: Method) -> tuple[ClassRequest, ...]:
+
+def class_requests(
+    model: Model, method: Method, target: Callable[[Tensor], Tensor] | None = None
+) -> tuple[ClassRequest, ...]:
     """Check a method against a model and return the classes that maps are asked for.
+
+    Args:
+        model: The model.
+        method: The method, with its options.
+        target: A function of logits (batch, classes) to scores (batch), in place of the method's
+            classes.
 
     Returns:
         The requests; empty for a method that explains no class.
@@ -79,10 +100,25 @@ def class_requests(model: Model, method: Method) -> tuple[ClassRequest, ...]:
     method.require_model(model)
     if not isinstance(method, ClassMethod):
         return ()
-    requests = parse_requests(method.classes, model.labels, model.num_classes)
+    if target is not None:
+        return _own_request(model, method, target)
+    requests = parse_requests(method.classes, model.labels, model.num_classes, method.versus)
     if not requests:
         raise LabelError("no class asked for; give an index, a label or top1")
     return requests
+
+
+def _own_request(
+    model: Model, method: ClassMethod, target: Callable[[Tensor], Tensor]
+) -> tuple[ClassRequest, ...]:
+    """Make sure of a score of the user's own, and ask for it."""
+    if method.versus is not None or method.classes != ("top1",):
+        raise OptionError(
+            "target is what is explained in place of a class; leave --class and --versus out"
+        )
+    numbers = torch.linspace(-1, 1, 2 * model.num_classes, device=model.device)
+    require_target(target, numbers.view(2, -1).to(model.dtype))
+    return (ClassRequest(score=target),)
 
 
 def explain_batch(
@@ -101,7 +137,8 @@ def explain_batch(
         images: (batch, 3, height, width), preprocessed for the model.
         method: The method, with its options.
         requests: From ``class_requests``; None: found out here, as is done once a run.
-        class_indices: (batch, maps), the classes to explain in place of those asked for.
+        class_indices: (batch, maps), the classes to explain in place of those asked for;
+            (batch, maps, 2) with those that they are compared with.
         at_once: How many images may be run together, where refinement makes more of them.
 
     Raises:
@@ -123,8 +160,8 @@ def explain_batch(
         for first in range(1, len(made), copies):
             some = made[first : first + copies]
             moved = torch.cat([shifted(images, shift) for shift in some])
-            classes = whole.class_indices  # ranks are those of the image where it is
-            repeated = None if classes is None else classes.repeat(len(some), 1)
+            targets = whole.targets  # ranks are those of the image where it is
+            repeated = None if targets is None else targets.repeat(len(some), 1, 1)
             found = _in_parts(work, moved, repeated, model.layout.tokens)
             maps += torch.split(found.relevance, len(images))
     return replace(whole, relevance=place_back(maps, made, method.refine))
@@ -156,8 +193,9 @@ def _in_parts(
     tokens: int,
 ) -> BatchMaps:
     """Explain a batch in parts, and put them together."""
-    classes = torch.empty(len(images), 0) if class_indices is None else class_indices
-    parts = map_parts(work, images, classes, tokens=tokens)
+    given = torch.empty(len(images), 0, 1) if class_indices is None else class_indices
+    given = given.unsqueeze(2) if given.ndim == 2 else given
+    parts = map_parts(work, images, given, tokens=tokens)
     joined: dict[str, Any] = {
         field.name: torch.cat([getattr(part, field.name) for part in parts]).cpu()
         for field in fields(BatchMaps)
@@ -209,7 +247,7 @@ def _explain_part(
     method: Method,
     requests: tuple[ClassRequest, ...],
     images: Tensor,
-    classes: Tensor,
+    given: Tensor,
 ) -> BatchMaps:
     """Explain some images of a batch in the thread that calls.
 
@@ -219,25 +257,29 @@ def _explain_part(
         method: The method, with its options.
         requests: The classes that are asked for.
         images: (images, 3, height, width).
-        classes: (images, maps), or (images, 0) where the requests have the word.
+        given: (images, maps, 1 or 2), the classes; no maps where the requests have the word.
     """
     explains_class = method.explains_class
+    targets = scores = None
     with own_numbers(), torch.set_grad_enabled(explains_class):
         output, forward = _run(model, capture, method, images)
         logits = output.detach().float().cpu() if model.num_classes else torch.empty(len(images), 0)
         if explains_class:
             _expect_logits(model, output)
-            classes = classes if classes.shape[1] else _class_indices(logits, requests)
-            found = _of_classes(method, forward, output, classes)
+            targets = targets_of(logits, requests, given)
+            scores = scores_of(output, targets, requests)
+            found = _of_scores(method, forward, scores)
         else:
             found = [method.compute(forward, None)]
         readout = forward.layout.readout_weights(forward.records[0].shape[-1])
         prefix = prefix_attention(forward.blocks, readout, model.layout.prefix_tokens)
     products = [each.gradient_norm_product for each in found]
+    relevance = torch.stack([_on_grid(forward, each.relevance) for each in found], dim=1)
     return BatchMaps(
-        relevance=torch.stack([_on_grid(forward, each.relevance) for each in found], dim=1),
+        relevance=relevance if targets is None else without_equals(relevance, targets),
         logits=logits,
-        class_indices=classes if explains_class else None,
+        targets=targets,
+        scores=None if scores is None else scores.detach().float(),
         requests=requests,
         prefix_attention=prefix,
         outlier_tokens=outlier_tokens(method.tokens(forward), model.layout.prefix_tokens),
@@ -269,14 +311,12 @@ def _run(
     return output, forward
 
 
-def _of_classes(
-    method: Method, forward: ForwardPass, output: Tensor, classes: Tensor
-) -> list[TokenMap]:
-    """Explain each of the classes (images, maps)."""
-    scores = output.gather(1, classes.to(output.device)).sum(dim=0).unbind()
+def _of_scores(method: Method, forward: ForwardPass, scores: Tensor) -> list[TokenMap]:
+    """Explain each of the scores (images, maps)."""
+    summed = scores.sum(dim=0).unbind()
     return [
-        method.compute(forward, Target(score=score, is_last=score is scores[-1]))
-        for score in scores
+        method.compute(forward, Target(score=score, is_last=score is summed[-1]))
+        for score in summed
     ]
 
 
@@ -286,18 +326,6 @@ def _expect_logits(model: Model, output: Tensor) -> None:
             f"{model.name} gives probabilities, it seems, by a sigmoid or a softmax behind its "
             "head, where logits are needed; leave that out, or use grad-rollout or --classic"
         )
-
-
-def _class_indices(logits: Tensor, requests: Sequence[ClassRequest]) -> Tensor:
-    """Return the class (batch, maps) of each request, ranks resolved per image."""
-    ranked = logits.argsort(dim=1, descending=True, stable=True)
-    columns = [
-        ranked[:, request.rank - 1]
-        if request.class_index is None
-        else torch.full_like(ranked[:, 0], request.class_index)
-        for request in requests
-    ]
-    return torch.stack(columns, dim=1)
 
 
 def _expect_grid(model: Model, records: Sequence[Attention], images: Tensor) -> tuple[int, int]:

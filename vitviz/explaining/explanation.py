@@ -55,6 +55,7 @@ class Caveat(Enum):
     EVEN = ("nearly the same heat everywhere", "the colours exaggerate small differences")
     PREFIX = ("most attention on prefix tokens", "no map shows what they attend to or hold")
     OUTLIERS = ("patch tokens of outlying norm", "heat there does not indicate image location")
+    SAME = ("no heat at all", "the class is the one that it is compared with")
     POWERLESS = ("next to no gradient", "what is drawn hardly affects the class")
 
 
@@ -111,10 +112,15 @@ class Explanation:
         relevance: float32, before any normalisation, along the method's ``axes``: (rows, cols),
             or (blocks, heads, rows, cols) of raw attention, (channels, rows, cols) of features.
         sample: The image.
-        request: Name of the class request (``c281``, ``top1``); None when class-agnostic.
+        request: Name of the class request (``c281``, ``top1``, ``c281-vs-top2``), or of the
+            target that stands in its place; None when class-agnostic.
         class_index: The class that it explains; None when class-agnostic.
         class_label: That class's full description, if it has one.
-        class_score: That class's score.
+        class_score: That class's score; of a target in its place, what it gave.
+        versus_index: The class that it is compared with, the map being of the difference of the
+            two logits; None where there is none.
+        versus_label: As ``class_label``.
+        versus_score: As ``class_score``.
         predictions: The image's five best classes; empty for a model without a head.
         pictures: How to draw it.
         diagnostics: Numbers that tell when it may mislead.
@@ -129,6 +135,9 @@ class Explanation:
     class_index: int | None = None
     class_label: str | None = None
     class_score: float | None = None
+    versus_index: int | None = None
+    versus_label: str | None = None
+    versus_score: float | None = None
     predictions: tuple[Prediction, ...] = ()
     pictures: PictureOptions = PictureOptions()
     colors: ColorSpace | None = None
@@ -201,9 +210,25 @@ class Explanation:
     def caption(self) -> str:
         """What the map shows, in one line."""
         if self.class_index is None:
-            return self.method.name
-        name = printable(self.class_label or f"class {self.class_index}")
-        return f"{self.method.name}: {name} ({self.class_score:.0%})"
+            return self.method.name + (
+                f": {printable(self.request)} ({self.class_score:.3g})" if self.request else ""
+            )
+        own = _named(self.class_label, self.class_index)
+        if self.versus_index is None:
+            return f"{self.method.name}: {own} ({self.class_score:.0%})"
+        other = _named(self.versus_label, self.versus_index)
+        # Of two descriptions, each with its synonyms, a caption has no room.
+        own, other = own.partition(",")[0], other.partition(",")[0]
+        return (
+            f"{self.method.name}: {own} ({self.class_score:.0%}) "
+            f"versus {other} ({self.versus_score:.0%})"
+        )
+
+    def caveats(self) -> list[Caveat]:
+        """Say why the picture may mislead; nothing where it need not."""
+        if self.versus_index is not None and self.versus_index == self.class_index:
+            return [Caveat.SAME]
+        return self.diagnostics.caveats() if self.diagnostics else []
 
     def __repr__(self) -> str:
         """Say what it is of, without its pixels."""
@@ -215,3 +240,7 @@ class Explanation:
         buffer = io.BytesIO()
         self.overlay().save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def _named(label: str | None, class_index: int) -> str:
+    return printable(label or f"class {class_index}")

@@ -80,6 +80,7 @@ def explain_samples(
     method: Method,
     *,
     class_indices: Iterable[int] | None = None,
+    target: Callable[[Tensor], Tensor] | None = None,
     pictures: PictureOptions | None = None,
     batch_size: int | None = None,
     warn: Callable[[str], None] = warnings.warn,
@@ -96,6 +97,8 @@ def explain_samples(
         method: The method, with its options.
         class_indices: The class to explain of each sample, in place of those that the method
             names; of no account to a method that explains no class.
+        target: A function of logits (batch, classes) to scores (batch), explained in place of a
+            class; likewise.
         pictures: How the maps draw themselves; None: as by default.
         batch_size: Images run at once; None: chosen by the number of tokens.
         warn: Is told what the user should know while the work goes on.
@@ -106,7 +109,8 @@ def explain_samples(
     Raises:
         VitvizError: The method does not fit the model.
     """
-    explainer = Explainer(model, method, pictures)  # checks all before a sample is asked for
+    # Checks all before a sample is asked for.
+    explainer = Explainer(model, method, pictures, target=target)
     size = batch_size or images_at_once(model)
     batches = AdaptiveBatches(size, warn, copies=method.refine**2)
 
@@ -115,14 +119,11 @@ def explain_samples(
         samples = [each.sample for each in tasks]
         return explainer.explain(samples, given or None, at_once=batches.size)
 
-    def fail(task: _Task, error: MemoryError) -> Explained | Failed:
-        return Failed.because(task.sample.source, error)
-
     tasks: Iterable[_Task | _Passed] = (
         _Task(item, class_index) if isinstance(item, ImageSample) else item
         for item, class_index in _beside(samples, class_indices)
     )
-    return in_batches(tasks, _shape, size, partial(batches.work, function=explain, fail=fail))
+    return in_batches(tasks, _shape, size, partial(batches.work, function=explain, fail=_too_large))
 
 
 def images_at_once(model: Model) -> int:
@@ -179,6 +180,10 @@ def _beside(
     return zip(samples, class_indices, strict=True)
 
 
+def _too_large(task: _Task, error: MemoryError) -> Explained | Failed:
+    return Failed.because(task.sample.source, error)
+
+
 def _shape(item: object) -> tuple[int, ...] | None:
     """Return what samples of one batch have in common; None for what is not to be run."""
     return item.sample.pixels.shape if isinstance(item, _Task) else None
@@ -188,7 +193,12 @@ class Explainer:
     """Explains batches of samples with one method, whose classes are resolved once."""
 
     def __init__(
-        self, model: Model, method: Method, pictures: PictureOptions | None = None
+        self,
+        model: Model,
+        method: Method,
+        pictures: PictureOptions | None = None,
+        *,
+        target: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Check that the method fits the model, and resolve the classes that it asks for.
 
@@ -196,19 +206,21 @@ class Explainer:
             model: The model; it is left as it was.
             method: The method, with its options.
             pictures: How the maps draw themselves; None: as by default.
+            target: As for ``explain_samples``.
 
         Raises:
             VitvizError: The method does not fit the model.
         """
         self._model = model
         self._method = method
-        self._requests = class_requests(model, method)
+        self._requests = class_requests(model, method, target)
         self._pictures = pictures or PictureOptions()
 
     def explain(
         self,
         samples: Sequence[ImageSample],
         class_indices: Sequence[int] | None = None,
+        versus_indices: Sequence[int] | None = None,
         *,
         at_once: int,
     ) -> list[Explained | Failed]:
@@ -217,6 +229,7 @@ class Explainer:
         Args:
             samples: The samples.
             class_indices: As for ``explain_samples``.
+            versus_indices: The class that each of these is compared with.
             at_once: How many images may be run together, where refinement makes more of them.
 
         Raises:
@@ -228,9 +241,7 @@ class Explainer:
                 to_tensor(self._model, samples),
                 self._method,
                 requests=self._requests,
-                class_indices=None
-                if class_indices is None or not self._method.explains_class
-                else torch.tensor(class_indices).unsqueeze(1),
+                class_indices=_given(self._method, class_indices, versus_indices),
                 at_once=at_once,
             )
         except OptionError as error:  # other shapes may have the patch that is asked for
@@ -272,6 +283,12 @@ class Explainer:
         return Explained(sample=sample, maps=tuple(maps))
 
 
+def _given(method: Method, *classes: Sequence[int] | None) -> Tensor | None:
+    """Put the classes of samples, and what they are compared with, as batches take them."""
+    known = [torch.tensor(each) for each in classes if each is not None]
+    return torch.stack(known, dim=1).unsqueeze(1) if known and method.explains_class else None
+
+
 def _not_finite(model: Model, logits: Tensor) -> ImageError:
     cause = (
         "the pooling attention sums to 0: no token supports this class"
@@ -298,14 +315,23 @@ def _diagnostics(
 def _of_class(
     model: Model, given: int | None, batch: BatchMaps, row: int, position: int, scores: Tensor
 ) -> dict[str, Any]:
-    """Say what class a map is about; nothing where it is about none."""
-    if batch.class_indices is None:
+    """Say what a map is about; nothing where it is about no class."""
+    if batch.targets is None or batch.scores is None:
         return {}
-    class_index = int(batch.class_indices[row, position])
-    asked = batch.requests[position] if given is None else ClassRequest(class_index=given)
-    return {
-        "request": asked.key,
-        "class_index": class_index,
-        "class_label": model.labels[class_index],
-        "class_score": float(scores[class_index]),
-    }
+    if batch.requests[0].score is not None:
+        score = float(batch.scores[row, position])
+        return {"request": batch.requests[position].key, "class_score": score}
+    versus = batch.requests[0].versus
+    asked = (
+        batch.requests[position]
+        if given is None
+        else ClassRequest(class_index=given, versus=versus)
+    )
+    found: dict[str, Any] = {"request": asked.key}
+    for word, index in zip(
+        ("class", "versus"), batch.targets[row, position].tolist(), strict=False
+    ):
+        found[f"{word}_index"] = index
+        found[f"{word}_label"] = model.labels[index]
+        found[f"{word}_score"] = float(scores[index])
+    return found

@@ -1,4 +1,4 @@
-"""What a forward pass left for a method, and the class that it is asked about."""
+"""What a forward pass left for a method, and what it is asked about."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class ForwardPass:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
-    """A class to explain.
+    """What to explain.
 
     Attributes:
-        score: y, its logit summed over the batch; images do not mix, so that the gradients of
-            the sum give each image its own.
-        is_last: Whether no other class is asked of this forward pass, whose graph is freed then.
+        score: y, the logit of a class, the difference of two or another score, summed over the
+            batch; images do not mix, so that the gradients of the sum give each image its own.
+        is_last: Whether no other score is asked of this forward pass, whose graph is freed then.
     """
 
     score: Tensor

@@ -162,7 +162,8 @@ class Method(ABC):
     def to_record(self) -> dict[str, Any]:
         """Return the options that shape its maps, for records and provenance."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        values.pop("classes", None)  # a map is of one class, which is recorded beside this
+        for beside in ("classes", "versus"):  # what a map is about is recorded beside this
+            values.pop(beside, None)
         return {
             name: value.value if isinstance(value, Enum) else value
             for name, value in values.items()
@@ -202,6 +203,7 @@ class ClassMethod(Method):
 
     Attributes:
         classes: Class requests as typed: an index, a label, ``top1``, ``top5``.
+        versus: The class that each is compared with, as typed: an index, a label, ``top2``.
     """
 
     explains_class: ClassVar[bool] = True
@@ -212,6 +214,14 @@ class ClassMethod(Method):
         doc='An index, a label (``"tabby"``), ``"top1"`` or ``"topK"``, or several of these.',
         metavar="C",
         flag="--class",
+    )
+    versus: str | None = option(
+        None,
+        "Explain how much more than this class it scores: an index, a label, or topK, the K-th "
+        "best alone.",
+        doc="A class; maps are of the difference of the two logits. An index, a label, or "
+        '``"topK"``, the K-th best alone.',
+        metavar="C",
     )
 
 

@@ -6,14 +6,15 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from vitviz.errors import LabelError
 
-__all__ = ["ClassRequest", "Labels", "is_label", "parse_requests", "read_labels"]
+__all__ = ["ClassRequest", "Labels", "is_label", "parse_requests", "parse_versus", "read_labels"]
 
 
 _FEW = 20  # labels: so many are told in one line
@@ -44,8 +45,12 @@ class Labels:
         """Return the full description of a class, None when it has no name."""
         return self.names[class_index] if 0 <= class_index < len(self.names) else None
 
-    def find(self, label: str) -> int:
+    def find(self, label: str, option: str = "--class") -> int:
         """Find the class of a label: its full description, else one of its synonyms.
+
+        Args:
+            label: The label.
+            option: Where it was given, for messages.
 
         Raises:
             LabelError: No class or several have this label; near labels or the indices are named.
@@ -57,13 +62,13 @@ class Labels:
             return hits[0]
         if hits:
             meanings = "; ".join(f"{i} = {self.names[i]!r}" for i in hits)
-            raise LabelError(f"--class {label!r} names several classes: {meanings}; give an index")
-        raise LabelError(self._unknown(label))
+            raise LabelError(f"{option} {label!r} names several classes: {meanings}; give an index")
+        raise LabelError(self._unknown(label, option))
 
-    def _unknown(self, label: str) -> str:
+    def _unknown(self, label: str, option: str) -> str:
         if not self.names:
             return (
-                f"--class {label!r} is a name, but this model's classes have none; "
+                f"{option} {label!r} is a name, but this model's classes have none; "
                 "give an index, or name them with --labels FILE"
             )
         words = {synonym: i for i, name in enumerate(self.names) for synonym in _synonyms(name)}
@@ -72,33 +77,41 @@ class Labels:
         offers = list(dict.fromkeys([*found[:2], *near]))[:4]
         if not offers and len(self.names) <= _FEW:
             every = ", ".join(f"{name!r} ({i})" for i, name in enumerate(self.names))
-            return f"--class {label!r} is no label of this model; give an index or one of: {every}"
+            return f"{option} {label!r} is no label of this model; give an index or one of: {every}"
         hint = ", ".join(f"{word!r} ({words[word]})" for word in offers)
-        return f"--class {label!r} is no label of this model; " + (
+        return f"{option} {label!r} is no label of this model; " + (
             f"near labels: {hint}" if hint else "give an index or one of its labels"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassRequest:
-    """One class that a map is asked for.
+    """One class that a map is asked for, or what stands in its place.
 
     Attributes:
         class_index: A fixed class; None to go by rank.
         rank: 1 for the highest score of each image, 2 for the next.
+        versus: The class that it is compared with: the map is of the difference of their logits.
+        score: In place of a class, a function of logits (batch, classes) to scores (batch).
     """
 
     class_index: int | None = None
     rank: int = 1
+    versus: ClassRequest | None = None
+    score: Callable[[Any], Any] | None = None
 
     @property
     def key(self) -> str:
-        """Name for files: ``c281`` for a fixed class, ``top1`` for a rank."""
-        return f"top{self.rank}" if self.class_index is None else f"c{self.class_index}"
+        """Name for files: ``c281`` for a fixed class, ``top1`` for a rank, ``c248-vs-c269``."""
+        if self.score is not None:
+            name = getattr(self.score, "__name__", type(self.score).__name__)
+            return "target" if name == "<lambda>" else str(name)
+        own = f"top{self.rank}" if self.class_index is None else f"c{self.class_index}"
+        return own if self.versus is None else f"{own}-vs-{self.versus.key}"
 
 
 def parse_requests(
-    words: Iterable[str], labels: Labels, num_classes: int
+    words: Iterable[str], labels: Labels, num_classes: int, versus: str | None = None
 ) -> tuple[ClassRequest, ...]:
     """Turn ``--class`` words into requests, each once, in the order asked for.
 
@@ -106,14 +119,45 @@ def parse_requests(
         words: Indices, labels, ``top1`` or ``topK``.
         labels: The model's labels.
         num_classes: Number of logits.
+        versus: The class that each is compared with, as ``parse_versus`` reads it.
 
     Raises:
-        LabelError: A word names no class of this model.
+        LabelError: A word names no class of this model, or a class would be compared with itself.
     """
     requests = [
         request for word in words for request in _parse_request(word.strip(), labels, num_classes)
     ]
-    return tuple(dict.fromkeys(requests))
+    if versus is None:
+        return tuple(dict.fromkeys(requests))
+    other = parse_versus(versus, labels, num_classes)
+    if other in requests:
+        raise LabelError(
+            f"--versus {versus} is a class that --class asks for, too: a class less itself is "
+            "nothing; give another one"
+        )
+    return tuple(dict.fromkeys(replace(each, versus=other) for each in requests))
+
+
+def parse_versus(word: str, labels: Labels, num_classes: int) -> ClassRequest:
+    """Turn the ``--versus`` word into one request.
+
+    Args:
+        word: An index, a label, or ``topK``, which is the K-th best class alone.
+        labels: The model's labels.
+        num_classes: Number of logits.
+
+    Raises:
+        LabelError: It names no class of this model, or there is only one.
+    """
+    if num_classes == 1:
+        raise LabelError(
+            f"--versus {word}: this model has one output, so there is no other to compare it with; "
+            "leave --versus out"
+        )
+    ranks = _RANKS.fullmatch(word.strip())
+    if ranks and int(ranks[1]) > num_classes:
+        raise LabelError(f"--versus {word}, but this model has {num_classes} classes")
+    return _parse_request(word.strip(), labels, num_classes, "--versus")[-1]
 
 
 def read_labels(path: Path, num_classes: int) -> Labels:
@@ -163,14 +207,16 @@ def _label_names(text: str, path: Path) -> list[str]:
     return [by_index[index] for index in range(len(by_index))]
 
 
-def _parse_request(word: str, labels: Labels, num_classes: int) -> Sequence[ClassRequest]:
+def _parse_request(
+    word: str, labels: Labels, num_classes: int, option: str = "--class"
+) -> Sequence[ClassRequest]:
     if ranks := _RANKS.fullmatch(word):
         return [ClassRequest(rank=rank + 1) for rank in range(min(int(ranks[1]), num_classes))]
     if not re.fullmatch(r"-?\d+", word, re.ASCII):
-        return [ClassRequest(class_index=labels.find(word))]
+        return [ClassRequest(class_index=labels.find(word, option))]
     class_index = int(word) if len(word) < 20 else num_classes
     if not 0 <= class_index < num_classes:
-        raise LabelError(f"--class {word} is outside this model's classes 0 … {num_classes - 1}")
+        raise LabelError(f"{option} {word} is outside this model's classes 0 … {num_classes - 1}")
     return [ClassRequest(class_index=class_index)]
 
 

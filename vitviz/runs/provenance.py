@@ -41,6 +41,8 @@ class Provenance:
         source_id: Digest of the source's absolute path.
         class_index: Which class the map explains.
         class_label: That class's name.
+        versus_index: The class that it is compared with.
+        versus_label: That class's name.
         predictions: The image's best classes.
         diagnostics: Numbers that tell when the map may mislead.
         versions: Of vitviz, timm and torch.
@@ -51,6 +53,8 @@ class Provenance:
     source_id: str
     class_index: int | None = None
     class_label: str | None = None
+    versus_index: int | None = None
+    versus_label: str | None = None
     predictions: tuple[Prediction, ...] = ()
     diagnostics: Diagnostics | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -118,6 +122,8 @@ def _text(provenance: Provenance) -> str:
     found = provenance.diagnostics
     # The order of keys is that of the first version, so that equal recipes give equal bytes.
     versions = record.pop("versions")
+    if provenance.versus_index is None:
+        del record["versus_index"], record["versus_label"]
     record |= {"sanity": None if found is None else found.to_record(), "versions": versions}
     return json.dumps(record, ensure_ascii=True)
 

@@ -19,7 +19,7 @@ from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
 from vitviz.images.decoding import ImageFile
 from vitviz.images.samples import ImageSample
 from vitviz.images.sources import Source
-from vitviz.methods.method import ClassMethod
+from vitviz.methods.method import ClassMethod, Method
 from vitviz.models.record import ModelRecord
 from vitviz.options import OutputKind, ValueRange
 from vitviz.runs.job import Job
@@ -38,16 +38,20 @@ class Output:
     path: Path
     class_index: int | None
     class_label: str | None
+    versus_index: int | None = None
+    versus_label: str | None = None
     diagnostics: Diagnostics | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """Return it as records have it."""
+        """Return it as records have it, which leave out the other class where there is none."""
         numbers = None if self.diagnostics is None else self.diagnostics.to_record()
+        other = {"versus_index": self.versus_index, "versus_label": self.versus_label}
         return {
             "kind": self.kind,
             "path": str(self.path),
             "class_index": self.class_index,
             "class_label": self.class_label,
+            **({} if self.versus_index is None else other),
             "sanity": numbers,
         }
 
@@ -164,6 +168,8 @@ class Writer:
             source_id=hashlib.sha256(absolute).hexdigest()[:16],
             class_index=explanation.class_index,
             class_label=explanation.class_label,
+            versus_index=explanation.versus_index,
+            versus_label=explanation.versus_label,
             predictions=explanation.predictions,
             diagnostics=explanation.diagnostics,
             versions=self.model.versions,
@@ -208,10 +214,17 @@ def run_record(model: ModelRecord, job: Job) -> dict[str, Any]:
                 "dtype": model.dtype,
                 "labels": model.labels_source,
                 "class": list(method.classes) if isinstance(method, ClassMethod) else [],
+                **_versus(method),
                 "save": [kind.value for kind in job.pictures.kinds],
             },
         },
     }
+
+
+def _versus(method: Method) -> dict[str, str]:
+    """Return the class that others are compared with; nothing where there is none."""
+    word = method.versus if isinstance(method, ClassMethod) else None
+    return {} if word is None else {"versus": word}
 
 
 def _file_at(path: Path) -> tuple[int, int] | None:
@@ -235,5 +248,7 @@ def _output(path: Path, kind: OutputKind, provenance: Provenance) -> Output:
         path=path,
         class_index=provenance.class_index,
         class_label=provenance.class_label,
+        versus_index=provenance.versus_index,
+        versus_label=provenance.versus_label,
         diagnostics=provenance.diagnostics,
     )
