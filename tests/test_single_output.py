@@ -8,6 +8,7 @@ import torch
 
 import vitviz
 from tiny import CASES
+from vitviz.errors import LabelError
 from vitviz.models.model import Model, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,3 +39,23 @@ def test_evaluation_tells_methods_apart(single: Model) -> None:
     assert len({each.probability.tobytes() for each in curves}) == len(curves)
     assert all(each.probability.std() > 0 for each in curves)
     assert any(each.accuracy.min() < 1 for each in curves)
+
+
+@pytest.mark.filterwarnings("ignore:no heat at all")  # of random weights, some say no
+def test_the_one_output_is_named(single: Model) -> None:
+    for name in ("grad_rollout", "relevance", "evidence"):
+        (made,) = getattr(vitviz, name)(single, _images(1))
+        assert (made.class_index, made.class_label) == (0, "output")
+        assert made.caption == f"{name.replace('_', '-')}: output ({made.class_score:.0%})"
+    assert vitviz.evidence(single, _images(1), classes="output")[0].request == "c0"
+    assert any("maps show what raises it" in note for note in single.notes)
+
+
+def test_the_one_output_can_be_turned_round_and_has_no_other(single: Model) -> None:
+    (up,) = vitviz.evidence(single, _images(1))
+    (down,) = vitviz.evidence(single, _images(1), target=lambda y: -y[:, 0])
+    np.testing.assert_allclose(up.relevance, -down.relevance, atol=1e-6)
+    with pytest.raises(LabelError, match="one output, so there is no other to compare it with"):
+        vitviz.relevance(single, _images(1), versus="top1")
+    with pytest.raises(LabelError, match="one output, class 0"):
+        vitviz.relevance(single, _images(1), classes=1)

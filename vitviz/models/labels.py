@@ -216,7 +216,8 @@ def _parse_request(
         return [ClassRequest(class_index=labels.find(word, option))]
     class_index = int(word) if len(word) < 20 else num_classes
     if not 0 <= class_index < num_classes:
-        raise LabelError(f"{option} {word} is outside this model's classes 0 … {num_classes - 1}")
+        classes = f"classes 0 … {num_classes - 1}" if num_classes > 1 else "one output, class 0"
+        raise LabelError(f"{option} {word} is outside this model's {classes}")
     return [ClassRequest(class_index=class_index)]
 
 

@@ -270,7 +270,9 @@ def _proved(
     if known.assumed and built.weights != "pretrained":
         notes.append(f"no labels given: {known.source} labels assumed for {num_classes} classes")
     if num_classes == 1:
-        notes.append("the model has one output: its score is a sigmoid of it")
+        notes.append(
+            "the model has one output: its score is a sigmoid of it, and maps show what raises it"
+        )
     return Model(
         module=module,
         name=built.name,
@@ -305,6 +307,8 @@ def _labels(module: nn.Module, num_classes: int, path: Path | None) -> Labels:
         described = described if isinstance(described, dict) else {}
         texts = tuple(str(described.get(str(name), name)) for name in names)
         return Labels(names=texts, source="the model's config")
+    if num_classes == 1:
+        return Labels(names=("output",), source="the model's one output")
     subset = timm.data.infer_imagenet_subset({"num_classes": num_classes})
     if not subset:
         return Labels()
