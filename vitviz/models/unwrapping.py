@@ -35,6 +35,7 @@ _WRAPPINGS = (
 _RANKS = {word: rank for rank, word in enumerate((*_AVERAGES, *_WRAPPINGS))}
 # What torch.compile, FSDP and activation checkpointing put before the names of any part.
 _INNER = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_PRETRAINING = "decoder"  # how names begin of what a masked autoencoder paints pixels with
 _MOST_NESTED = 8
 _MOST_NAMED = 3
 
@@ -47,11 +48,13 @@ class Unwrapped:
         tensors: By parameter name.
         place: The keys and prefixes that led to it, from the outside.
         left_out: What else the file has tensors for, in words.
+        remark: What else was done, in words.
     """
 
     tensors: dict[str, Tensor]
     place: _Place = ()
     left_out: tuple[str, ...] = ()
+    remark: str = ""
 
     @property
     def is_average(self) -> bool:
@@ -64,7 +67,7 @@ class Unwrapped:
         parts = [f"taking {what} at {' → '.join(self.place)}"] if self.place else []
         if self.left_out:
             parts.append(f"leaving out {_first(self.left_out)}")
-        return ", ".join(parts)
+        return ", ".join(filter(None, (*parts, self.remark)))
 
 
 def unwrap(
@@ -96,12 +99,20 @@ def unwrap(
     place = _fitting(leaves, origin, expected or {})
     if place is None:
         place = _customary(leaves, {keys[:-1] for keys, _ in found.values()})
-    depth = len(place)
-    outside = [parts for parts in leaves if parts[:depth] != place]
+    depth, decoded = len(place), any(name.startswith(_PRETRAINING) for name in expected or {})
+    inside = {
+        parts: tensor
+        for parts, tensor in leaves.items()
+        if parts[:depth] == place and (decoded or not parts[depth].startswith(_PRETRAINING))
+    }
+    around = {
+        part for keys, _ in found.values() for key in keys for part in key.split(".")
+    } & _INNER
     return Unwrapped(
-        tensors={".".join(p[depth:]): each for p, each in leaves.items() if p[:depth] == place},
+        tensors={".".join(parts[depth:]): tensor for parts, tensor in inside.items()},
         place=place,
-        left_out=_groups(outside, place),
+        left_out=_groups([parts for parts in leaves if parts not in inside], place),
+        remark=f"without {', '.join(sorted(around))}" if around else "",
     )
 
 
