@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitviz.errors import WeightsError
+from vitviz.models.jax_weights import from_jax, jax_place
 from vitviz.models.unwrapping import unwrap
 from vitviz.models.weight_files import WeightFile
 
@@ -45,7 +46,10 @@ def read_checkpoint(weights: Path | WeightFile, module: nn.Module | None = None)
     file = weights if isinstance(weights, WeightFile) else WeightFile(weights)
     expected = {} if module is None else dict(module.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    found = unwrap(file.content, str(file.path), shapes)
+    if module is not None and jax_place(file.content) is not None:
+        found = from_jax(file.content, str(file.path), module)
+    else:
+        found = unwrap(file.content, str(file.path), shapes)
     _check_tensors(file, found.tensors, expected)
     return Checkpoint(tensors=found.tensors, is_ema=found.is_average, unwrapped=found.describe())
 

@@ -1,6 +1,7 @@
-"""Weights files as they are: safetensors and torch checkpoints, whole or in shards.
+"""Weights files as they are: safetensors, torch checkpoints and npz, whole or in shards.
 
-Never runs pickled code: torch checkpoints are read with ``weights_only=True``.
+Never runs pickled code: torch checkpoints are read with ``weights_only=True``, npz files with
+``allow_pickle=False``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.serialization import safe_globals
 
 from vitviz.errors import WeightsError, first_line
@@ -68,8 +72,7 @@ class WeightFile:
         """
         content: dict[str, Any] = {}
         for file in self.files:
-            safe = _is_safetensors(file)
-            content |= _read_safetensors(file) if safe else _read_torch(file)
+            content |= _read(file)
         return content
 
     def check_size(self, size: int) -> None:
@@ -120,6 +123,12 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.with_name(name) for name in names)
 
 
+def _read(path: Path) -> Mapping[str, Any]:
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    return _read_npz(path) if _is_npz(path) else _read_torch(path)
+
+
 def _is_safetensors(path: Path) -> bool:
     """Tell by the content what a file is, by its suffix only where that leaves it open."""
     with path.open("rb") as file:
@@ -141,6 +150,32 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"{path} is no readable safetensors file: {first_line(error)}"
         ) from error
+
+
+def _is_npz(path: Path) -> bool:
+    """Tell whether a file is an archive of arrays and nothing else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    """Read arrays as tensors; those of other things than numbers stay what they are."""
+    _refuse_bomb(path)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: _tensor(arrays[name]) for name in arrays.files}
+    except Exception as error:  # a header may promise anything
+        raise WeightsError(f"{path} is no readable npz file ({first_line(error)})") from error
+
+
+def _tensor(array: NDArray[Any]) -> Tensor | NDArray[Any]:
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # NumPy has no word for bfloat16
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array) if array.dtype.kind in "fiubc" else array
 
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
