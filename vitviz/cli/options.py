@@ -90,7 +90,7 @@ class SharedOptions:
         declare(
             MODEL,
             metavar="FILE",
-            help="Your own checkpoint (.safetensors, .pth, .pt).",
+            help="Your own checkpoint (.safetensors, .pth, .pt, .npz).",
             show_default=False,
         ),
     ] = None
@@ -136,6 +136,15 @@ class SharedOptions:
             help="Pixel values that become black and white, as 0:4095, or percentiles of each "
             "image, as 1%:99%; by default 0 and the largest integer of their type, 0 and 1 for "
             "floats.",
+            show_default=False,
+        ),
+    ] = None
+    adapter: Annotated[
+        Path | None,
+        _option(
+            MODEL,
+            metavar="DIR",
+            help="A LoRA adapter of PEFT, merged into the weights.",
             show_default=False,
         ),
     ] = None

@@ -126,6 +126,7 @@ def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
         mean=run.mean,
         std=run.std,
         precision=run.precision,
+        adapter=run.adapter,
     )
     reporter.say(model.describe())
     for note in model.notes:

@@ -18,7 +18,8 @@ from torch import nn
 
 import vitviz
 from vitviz.errors import ModelError, WeightsError, first_line
-from vitviz.models.checkpoints import Checkpoint, mismatch, read_checkpoint
+from vitviz.models.adapters import Adapter, merged
+from vitviz.models.checkpoints import mismatch, read_checkpoint
 from vitviz.models.hub import fetch_from_hub, require_answer
 from vitviz.models.names import FACTORY
 from vitviz.models.weight_files import WeightFile, find_weights
@@ -84,6 +85,7 @@ def build_model(
     img_size: tuple[int, int] | None = None,
     *,
     native: bool = False,
+    adapter: Adapter | None = None,
 ) -> LoadedModule:
     """Build a model with its weights.
 
@@ -93,13 +95,14 @@ def build_model(
         weights: The user's checkpoint; None for the pretrained weights.
         img_size: As for ``build_skeleton``.
         native: As for ``build_skeleton``.
+        adapter: What is to be merged into the weights.
 
     Raises:
         ModelError: It cannot be built as asked.
         WeightsError: The weights are missing or do not fit.
     """
     if FACTORY.fullmatch(name):
-        return _finish_factory(name, skeleton, weights)
+        return _finish_factory(name, skeleton, weights, adapter)
     arguments = _size_arguments(img_size, native)
     config = _config(skeleton)
     full_name, multi_label = _full_name(name, config), _is_multi_label(config)
@@ -108,28 +111,66 @@ def build_model(
         file = WeightFile(_folder_weights(name, Path(config["file"])))
     if file is None:
         module = _pretrained(name, full_name, config, arguments)
+        if adapter is not None:
+            module, notes = _adapted(module, adapter, _local(name), arguments)
     else:
-        module, notes = _from_file(file, _local(name), skeleton, arguments)
+        module, notes = _from_file(file, _local(name), skeleton, arguments, adapter)
     own = "bundled" if name == "demo" else "pretrained"
     return LoadedModule(
         module=module,
         name=full_name,
-        weights=own if weights is None else str(weights.path),
+        weights=_origin(own if weights is None else str(weights.path), adapter),
         multi_label=multi_label,
         notes=tuple(notes),
     )
 
 
 def _from_file(
-    file: WeightFile, name: str, skeleton: nn.Module, arguments: dict[str, Any]
+    file: WeightFile,
+    name: str,
+    skeleton: nn.Module,
+    arguments: dict[str, Any],
+    adapter: Adapter | None,
 ) -> tuple[nn.Module, list[str]]:
     """Build a model with the weights of a file; return what should be said about them, too."""
     path, checkpoint = file.path, read_checkpoint(file, skeleton)
     said = [checkpoint.unwrapped, *_resized(path, checkpoint.tensors, skeleton)]
     notes = [f"{path}: {each}" for each in said if each]
-    num_classes = _head_size(checkpoint.tensors, _config(skeleton))
+    tensors, more = _with_adapter(checkpoint.tensors, adapter)
+    return _filled(path, tensors, name, _config(skeleton), arguments), notes + more
+
+
+def _adapted(
+    module: nn.Module, adapter: Adapter, name: str, arguments: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """Build a pretrained model anew with an adapter, which may bring another number of classes."""
+    tensors, notes = _with_adapter(module.state_dict(), adapter)
+    return _filled(adapter.path, tensors, name, _config(module), arguments), notes
+
+
+def _with_adapter(
+    tensors: dict[str, torch.Tensor], adapter: Adapter | None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    if adapter is None:
+        return tensors, []
+    return merged(tensors, adapter), [f"{adapter.path}: {adapter.describe()}"]
+
+
+def _origin(weights: str, adapter: Adapter | None) -> str:
+    return weights if adapter is None else f"{weights} with {adapter.path}"
+
+
+def _filled(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    name: str,
+    config: Mapping[str, Any],
+    arguments: dict[str, Any],
+) -> nn.Module:
+    """Build a model with these tensors, as many classes as they have."""
+    num_classes = _head_size(tensors, config)
     overlay = {
-        "state_dict": checkpoint.tensors,
+        "state_dict": tensors,
         "source": "",
         "num_classes": num_classes,
         "custom_load": False,
@@ -146,15 +187,15 @@ def _from_file(
     except (RuntimeError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         with torch.device("meta"):
             expected = _create(name, pretrained=False, num_classes=num_classes, **arguments)
-        raise _misfit(path, checkpoint, expected) from error
+        raise _misfit(path, tensors, expected) from error
     module.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
-    return module, notes
+    return module
 
 
-def _misfit(path: Path, checkpoint: Checkpoint, expected: nn.Module) -> WeightsError:
+def _misfit(path: Path, tensors: Mapping[str, torch.Tensor], expected: nn.Module) -> WeightsError:
     return WeightsError(
         f"{path} does not fit {_config(expected).get('architecture', 'the model')}: "
-        f"{mismatch(checkpoint.tensors, expected)}; name the model that it was trained as with -m"
+        f"{mismatch(tensors, expected)}; name the model that it was trained as with -m"
     )
 
 
@@ -180,16 +221,25 @@ def _call_factory(name: str, arguments: dict[str, Any]) -> nn.Module:
     return module
 
 
-def _finish_factory(name: str, module: nn.Module, weights: WeightFile | None) -> LoadedModule:
-    if weights is None:
+def _finish_factory(
+    name: str, module: nn.Module, weights: WeightFile | None, adapter: Adapter | None
+) -> LoadedModule:
+    if weights is None and adapter is None:
         return LoadedModule(module=module, name=name, weights="given")
-    path, checkpoint = weights.path, read_checkpoint(weights, module)
+    tensors, notes, origin = dict(module.state_dict()), list[str](), "given"
+    if weights is not None:
+        checkpoint, origin = read_checkpoint(weights, module), str(weights.path)
+        tensors = checkpoint.tensors
+        notes = [f"{origin}: {checkpoint.unwrapped}"] if checkpoint.unwrapped else []
+    tensors, more = _with_adapter(tensors, adapter)
     try:
-        module.load_state_dict(checkpoint.tensors)
+        module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise _misfit(path, checkpoint, module) from error
-    notes = (f"{path}: {checkpoint.unwrapped}",) if checkpoint.unwrapped else ()
-    return LoadedModule(module=module, name=name, weights=str(path), notes=notes)
+        path = adapter.path if weights is None and adapter else Path(origin)
+        raise _misfit(path, tensors, module) from error
+    return LoadedModule(
+        module=module, name=name, weights=_origin(origin, adapter), notes=(*notes, *more)
+    )
 
 
 def _config(module: nn.Module) -> dict[str, Any]:

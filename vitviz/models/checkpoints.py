@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitviz.errors import WeightsError
+from vitviz.models.adapters import holds_adapter
 from vitviz.models.jax_weights import from_jax, jax_place
 from vitviz.models.unwrapping import unwrap
 from vitviz.models.weight_files import WeightFile
@@ -50,6 +51,11 @@ def read_checkpoint(weights: Path | WeightFile, module: nn.Module | None = None)
         found = from_jax(file.content, str(file.path), module)
     else:
         found = unwrap(file.content, str(file.path), shapes)
+    if holds_adapter(found.tensors):
+        raise WeightsError(
+            f"{file.path} is a LoRA adapter, no whole model; give it with --adapter, and the model "
+            "that it was trained on with -m, or -m and --weights"
+        )
     _check_tensors(file, found.tensors, expected)
     return Checkpoint(tensors=found.tensors, is_ema=found.is_average, unwrapped=found.describe())
 

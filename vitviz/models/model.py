@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm.data
 import torch
 from torch import Tensor, nn
 
 from vitviz.errors import OptionError, UnsupportedModelError
+from vitviz.models.adapters import read_adapter
 from vitviz.models.building import LoadedModule, build_model, build_skeleton
 from vitviz.models.checkpoints import digest_weights, require_finite
 from vitviz.models.devices import select_device
@@ -146,6 +147,7 @@ def load_model(
     mean: Normalisation | None = None,
     std: Normalisation | None = None,
     precision: Precision | str | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Load a model and find out where its tokens are and which of them its head reads.
 
@@ -163,6 +165,7 @@ def load_model(
         mean: Subtracted from pixels in [0, 1], one number or one a channel, instead of its own.
         std: Divided by after that, likewise.
         precision: ``fp32``, ``bf16`` or ``fp16``; None: as the weights are.
+        adapter: A LoRA adapter of PEFT, its folder or file, to merge into the weights.
 
     Raises:
         OptionError: An option is not usable, or ``weights`` do not say which model they are for.
@@ -174,28 +177,36 @@ def load_model(
     """
     size = _sides(img_size)
     with own_numbers():
-        built, layout = _built(model, Path(weights) if weights else None, device, Fit(fit), size)
+        files = _Files(*(Path(each) if each else None for each in (weights, adapter)))
+        built, layout = _built(model, files, device, Fit(fit), size)
         if precision is not None:
             built.module.to(_DTYPES[Precision(precision)])
         preprocessing = normalised_by(preprocessing_of(built.module, size), mean, std)
         return _proved(built, layout, preprocessing, labels)
 
 
+class _Files(NamedTuple):
+    """What of a model is in files of the user's."""
+
+    weights: Path | None
+    adapter: Path | None
+
+
 def _built(
     model: str | nn.Module | None,
-    weights: Path | None,
+    files: _Files,
     device: str,
     fit: Fit,
     size: tuple[int, int] | None,
 ) -> tuple[LoadedModule, TokenLayout]:
     """Take a model object, or build a model, on its device."""
     if isinstance(model, nn.Module):
-        if weights is not None or size is not None or fit is Fit.NATIVE:
+        if any(files) or size is not None or fit is Fit.NATIVE:
             raise OptionError("a model object is taken as it is: weights, size and fit are its own")
         built, layout = _taken(model, device)
     else:
         target = select_device(device)
-        built, layout = _build(model, weights, fit, size)
+        built, layout = _build(model, files, fit, size)
         built.module.to(target).eval()
     return built, layout
 
@@ -235,9 +246,10 @@ def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
 
 
 def _build(
-    model: str | None, weights: Path | None, fit: Fit, img_size: tuple[int, int] | None
+    model: str | None, files: _Files, fit: Fit, img_size: tuple[int, int] | None
 ) -> tuple[LoadedModule, TokenLayout]:
-    file = WeightFile(weights) if weights else None
+    file = WeightFile(files.weights) if files.weights else None
+    adapter = read_adapter(files.adapter) if files.adapter else None
     notes = []
     if model is None and file is not None:
         stated = model_stated(file)
@@ -247,7 +259,8 @@ def _build(
     skeleton = build_skeleton(name, img_size, native=fit is Fit.NATIVE)
     # What cannot work is refused before anything is downloaded.
     layout = read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
-    built = build_model(name, skeleton, file, img_size, native=fit is Fit.NATIVE)
+    native = fit is Fit.NATIVE
+    built = build_model(name, skeleton, file, img_size, native=native, adapter=adapter)
     if model is not None and file is not None and not notes:
         notes += filter(None, [disagreement(file, _full_name(built.module))])
     return replace(built, notes=(*notes, *built.notes)), layout
