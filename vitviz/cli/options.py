@@ -148,6 +148,16 @@ class SharedOptions:
             show_default=False,
         ),
     ] = None
+    text_embeddings: Annotated[
+        Path | None,
+        _option(
+            MODEL,
+            metavar="FILE",
+            help="Names and vectors of prompts (.safetensors, .npz): the classes of a CLIP or "
+            "SigLIP tower.",
+            show_default=False,
+        ),
+    ] = None
     device: Annotated[
         str,
         declare(

@@ -127,6 +127,7 @@ def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
         std=run.std,
         precision=run.precision,
         adapter=run.adapter,
+        text_embeddings=run.text_embeddings,
     )
     reporter.say(model.describe())
     for note in model.notes:

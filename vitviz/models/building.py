@@ -21,6 +21,7 @@ from vitviz.errors import ModelError, WeightsError, first_line
 from vitviz.models.adapters import Adapter, merged
 from vitviz.models.checkpoints import mismatch, read_checkpoint
 from vitviz.models.hub import fetch_from_hub, require_answer
+from vitviz.models.labels import Labels
 from vitviz.models.names import FACTORY
 from vitviz.models.weight_files import WeightFile, find_weights
 
@@ -37,6 +38,7 @@ class LoadedModule:
         weights: Where the weights come from, in words.
         multi_label: Whether its classes do not exclude each other.
         notes: What a user should be told.
+        labels: The names of its classes, where they are part of it.
     """
 
     module: nn.Module
@@ -44,6 +46,7 @@ class LoadedModule:
     weights: str
     multi_label: bool = False
     notes: tuple[str, ...] = ()
+    labels: Labels | None = None
 
 
 def build_skeleton(
@@ -353,7 +356,13 @@ def _pretrained_source(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _head_size(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """Read the number of classes off a checkpoint's head; 0 when it has none."""
+    """Read the number of classes off a checkpoint's head; 0 when it has none.
+
+    Where CLIP names its parts itself, that is the width of its projection (features, width).
+    """
+    projection = tensors.get("visual.proj")
+    if projection is not None and projection.dim() == 2:
+        return int(projection.shape[1])
     classifier = config.get("classifier") or "head"
     first = classifier[0] if isinstance(classifier, (list, tuple)) else classifier
     weight = tensors.get(f"{first}.weight")

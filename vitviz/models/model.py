@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitviz.errors import OptionError, UnsupportedModelError
-from vitviz.models.adapters import read_adapter
+from vitviz.models.adapters import Adapter, read_adapter
 from vitviz.models.building import LoadedModule, build_model, build_skeleton
 from vitviz.models.checkpoints import digest_weights, require_finite
 from vitviz.models.devices import select_device
@@ -29,6 +29,12 @@ from vitviz.models.preprocessing import (
 from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.record import ModelRecord, versions
 from vitviz.models.structure import has_classifier, input_channels
+from vitviz.models.text import (
+    TextEmbeddings,
+    read_text_embeddings,
+    with_learnt_scale,
+    with_text,
+)
 from vitviz.models.tokens import TokenLayout, read_layout
 from vitviz.models.weight_files import WeightFile
 from vitviz.models.wrapping import logits_of, make_ordinary, own_numbers, unwrapped
@@ -148,6 +154,7 @@ def load_model(
     std: Normalisation | None = None,
     precision: Precision | str | None = None,
     adapter: str | Path | None = None,
+    text_embeddings: str | Path | None = None,
 ) -> Model:
     """Load a model and find out where its tokens are and which of them its head reads.
 
@@ -166,6 +173,7 @@ def load_model(
         std: Divided by after that, likewise.
         precision: ``fp32``, ``bf16`` or ``fp16``; None: as the weights are.
         adapter: A LoRA adapter of PEFT, its folder or file, to merge into the weights.
+        text_embeddings: Names and vectors of prompts, the classes of a CLIP or SigLIP tower.
 
     Raises:
         OptionError: An option is not usable, or ``weights`` do not say which model they are for.
@@ -177,12 +185,13 @@ def load_model(
     """
     size = _sides(img_size)
     with own_numbers():
-        files = _Files(*(Path(each) if each else None for each in (weights, adapter)))
+        given = (weights, adapter, labels, text_embeddings)
+        files = _Files(*(Path(each) if each else None for each in given))
         built, layout = _built(model, files, device, Fit(fit), size)
         if precision is not None:
             built.module.to(_DTYPES[Precision(precision)])
         preprocessing = normalised_by(preprocessing_of(built.module, size), mean, std)
-        return _proved(built, layout, preprocessing, labels)
+        return _proved(built, layout, preprocessing, files.labels)
 
 
 class _Files(NamedTuple):
@@ -190,6 +199,8 @@ class _Files(NamedTuple):
 
     weights: Path | None
     adapter: Path | None
+    labels: Path | None
+    text: Path | None
 
 
 def _built(
@@ -200,15 +211,37 @@ def _built(
     size: tuple[int, int] | None,
 ) -> tuple[LoadedModule, TokenLayout]:
     """Take a model object, or build a model, on its device."""
+    if files.text and files.labels:
+        raise OptionError("with --text-embeddings prompts are the classes; leave out --labels")
+    text = read_text_embeddings(files.text) if files.text else None
     if isinstance(model, nn.Module):
-        if any(files) or size is not None or fit is Fit.NATIVE:
+        if files.weights or files.adapter or size is not None or fit is Fit.NATIVE:
             raise OptionError("a model object is taken as it is: weights, size and fit are its own")
         built, layout = _taken(model, device)
-    else:
-        target = select_device(device)
-        built, layout = _build(model, files, fit, size)
-        built.module.to(target).eval()
+        return _worded(built, text), layout
+    target = select_device(device)
+    file = WeightFile(files.weights) if files.weights else None
+    adapter = read_adapter(files.adapter) if files.adapter else None
+    built, layout = _build(model, file, adapter, fit, size)
+    built = _worded(built, text, file)
+    built.module.to(target).eval()
     return built, layout
+
+
+def _worded(
+    built: LoadedModule, text: TextEmbeddings | None, file: WeightFile | None = None
+) -> LoadedModule:
+    """Make texts the classes of a model, if there are any."""
+    if text is None:
+        return built
+    text = with_learnt_scale(text, file)
+    return replace(
+        built,
+        module=with_text(built.module, text),
+        labels=Labels(names=text.names, source=text.source),
+        multi_label=text.bias is not None,
+        notes=(*built.notes, text.describe()),
+    )
 
 
 def _sides(size: object) -> tuple[int, int] | None:
@@ -246,10 +279,12 @@ def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
 
 
 def _build(
-    model: str | None, files: _Files, fit: Fit, img_size: tuple[int, int] | None
+    model: str | None,
+    file: WeightFile | None,
+    adapter: Adapter | None,
+    fit: Fit,
+    img_size: tuple[int, int] | None,
 ) -> tuple[LoadedModule, TokenLayout]:
-    file = WeightFile(files.weights) if files.weights else None
-    adapter = read_adapter(files.adapter) if files.adapter else None
     notes = []
     if model is None and file is not None:
         stated = model_stated(file)
@@ -270,7 +305,7 @@ def _proved(
     built: LoadedModule,
     layout: TokenLayout,
     preprocessing: Preprocessing,
-    labels: str | Path | None,
+    labels: Path | None,
 ) -> Model:
     """Make sure that a model with its weights is what its attributes say, and name its classes."""
     module = built.module
@@ -278,7 +313,7 @@ def _proved(
     check_mixing(module, preprocessing.size)
     width = check_readout(module, layout, preprocessing.size)
     num_classes = width if has_classifier(module) else 0
-    known = _labels(module, num_classes, Path(labels) if labels else None)
+    known = built.labels or _labels(module, num_classes, labels)
     notes = list(built.notes)
     if known.assumed and built.weights != "pretrained":
         notes.append(f"no labels given: {known.source} labels assumed for {num_classes} classes")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitviz.errors import WeightsError
 
-__all__ = ["Unwrapped", "unwrap"]
+__all__ = ["Unwrapped", "named_tensors", "unwrap"]
 
 
 _Place = tuple[str, ...]
@@ -87,7 +87,7 @@ def unwrap(
             one.
     """
     found: dict[_Place, tuple[_Place, Tensor]] = {}
-    for keys, tensor in _tensors(content):
+    for keys, tensor in named_tensors(content):
         if found.setdefault(_parts(keys), (keys, tensor))[0] != keys:
             raise WeightsError(f"{origin} holds {'.'.join(_parts(keys))} twice; save it once")
     if not found:
@@ -116,7 +116,7 @@ def unwrap(
     )
 
 
-def _tensors(content: Mapping[Any, Any], keys: _Place = ()) -> Iterator[tuple[_Place, Tensor]]:
+def named_tensors(content: Mapping[Any, Any], keys: _Place = ()) -> Iterator[tuple[_Place, Tensor]]:
     """Yield the named tensors of nested mappings; one that holds itself ends at some depth."""
     for key, value in content.items():
         if not isinstance(key, str):  # an optimiser counts its parameters
@@ -124,7 +124,7 @@ def _tensors(content: Mapping[Any, Any], keys: _Place = ()) -> Iterator[tuple[_P
         if isinstance(value, Tensor):
             yield (*keys, key), value
         elif isinstance(value, Mapping) and len(keys) < _MOST_NESTED:
-            yield from _tensors(value, (*keys, key))
+            yield from named_tensors(value, (*keys, key))
 
 
 def _parts(keys: _Place) -> _Place:
