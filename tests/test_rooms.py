@@ -37,7 +37,14 @@ TORCHLESS = (
     *("errors", "options", "models.census", "models.labels", "images.sources", "images.samples"),
     *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.names"),
     *("runs.provenance", "runs.writing"),
-    *("methods.table", "runs.job", "evaluation.options", "cli.options", "cli.explaining"),
+    *(
+        "methods.table",
+        "runs.job",
+        "evaluation.options",
+        "cli.options",
+        "cli.parameters",
+        "cli.explaining",
+    ),
     *("cli.evaluating", "cli.features", "cli.starting", "methods.features"),
     *("evaluation.metrics", "evaluation.annotations", "evaluation.plot", "cli.app"),
 )

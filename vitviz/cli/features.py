@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitviz.cli.explaining import Plan, explain_images
-from vitviz.cli.options import (
-    EXPLAIN,
-    PICTURES,
-    RunOptions,
-    WritingRun,
-    declare,
-    method_from,
-)
+from vitviz.cli.options import RunOptions, WritingRun
+from vitviz.cli.parameters import EXPLAIN, PICTURES, declare, method_from
 from vitviz.errors import OptionError
 from vitviz.methods.features import Features, Similarity
 from vitviz.options import OutputKind

@@ -199,13 +199,6 @@ class Explanation:
             return blended
         return panel([picture, blended, color_heat(heat, table)], self.caption)
 
-    def caveats(self) -> list[Caveat]:
-        """Say why the picture may mislead."""
-        found = self.diagnostics.caveats() if self.diagnostics else []
-        if self.method.follows_attention:
-            return found
-        return [each for each in found if each is Caveat.OUTLIERS]
-
     @property
     def caption(self) -> str:
         """What the map shows, in one line."""
@@ -228,7 +221,10 @@ class Explanation:
         """Say why the picture may mislead; nothing where it need not."""
         if self.versus_index is not None and self.versus_index == self.class_index:
             return [Caveat.SAME]
-        return self.diagnostics.caveats() if self.diagnostics else []
+        found = self.diagnostics.caveats() if self.diagnostics else []
+        if self.method.follows_attention:
+            return found
+        return [each for each in found if each is Caveat.OUTLIERS]
 
     def __repr__(self) -> str:
         """Say what it is of, without its pixels."""
