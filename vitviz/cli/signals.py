@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from types import FrameType
 from typing import TypeVar
 
@@ -45,13 +46,14 @@ class Interruption:
 
     def between(self, results: Generator[_Result, None, None]) -> Iterator[_Result]:
         """Yield results so that none is lost by an interruption while another is told."""
-        for result in results:
-            self._telling = True
-            yield result
-            self._telling = False
-            if self._put_off:
-                error, self._put_off = self._put_off, None  # once: what follows is told in peace
-                yield from stop_with(results, error)
+        with closing(results):  # so that what is being written is whole before a command leaves
+            for result in results:
+                self._telling = True
+                yield result
+                self._telling = False
+                if self._put_off:
+                    error, self._put_off = self._put_off, None  # once: what follows comes in peace
+                    yield from stop_with(results, error)
 
     def _come(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
