@@ -110,7 +110,9 @@ def test_ranks_end_with_the_classes() -> None:
     assert len(indices("top99")) == 6
 
 
-@pytest.mark.parametrize("word", ["top0", "top", "top-1", "top1.5", "top 1", ""])
+@pytest.mark.parametrize(
+    "word", ["top0", "top", "top-1", "top1.5", "top 1", "", "top" + "9" * 5000], ids=len
+)
 def test_odd_ranks_are_refused(word: str) -> None:
     refusal(word)
 

@@ -18,7 +18,7 @@ __all__ = ["ClassRequest", "Labels", "is_label", "parse_requests", "parse_versus
 
 
 _FEW = 20  # labels: so many are told in one line
-_RANKS = re.compile(r"top([1-9]\d*)", re.IGNORECASE)
+_RANKS = re.compile(r"top([1-9]\d{0,18})", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
