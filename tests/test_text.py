@@ -22,6 +22,7 @@ from fixtures_methods import make_method
 from vitviz.errors import OptionError, VitvizError
 from vitviz.explaining.batch import explain_batch
 from vitviz.models.model import Model, load_model
+from vitviz.models.prompts import _repository, embed_prompts, phrases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -262,7 +263,7 @@ def test_model_that_brings_no_images_among_texts_is_refused(tmp_path: Path) -> N
     module = timm.create_model("vit_small_patch14_dinov2", **{**SIZES, "num_heads": 3})
     with pytest.raises(OptionError, match="brings no images among texts"):
         load_model(module.eval(), text_embeddings=path)
-    with pytest.raises(OptionError, match="leave out --labels"):
+    with pytest.raises(OptionError, match="all name the classes"):
         load_model(tower("siglip"), text_embeddings=path, labels=path)
     with pytest.raises(OptionError, match="is not a file"):
         load_model(tower("siglip"), text_embeddings=tmp_path / "nothing")
@@ -308,37 +309,163 @@ def test_commands_explain_prompts(tmp_path: Path, shell: Shell, kind: str) -> No
 # open_clip itself
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_logits_are_those_of_open_clip_with_its_own_checkpoint(tmp_path: Path, kind: str) -> None:
+def whole_model(tmp_path: Path, kind: str, **others: Any) -> nn.Module:
+    """Save a small model of open_clip with its config in a folder that is timm's tower as well."""
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     save_folder(tmp_path, kind)
-    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
+    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vision: dict[str, Any] = {"image_size": SIZE}
+    config: dict[str, Any] = {"embed_dim": width(kind), "vision_cfg": vision, "text_cfg": text}
     torch.manual_seed(0)
     if kind == "clip":
-        vision = {"image_size": SIZE, "patch_size": 8, "width": 48, "layers": 3, "head_width": 16}
-        model = open_clip.CLIP(embed_dim=WIDTH, vision_cfg=vision, text_cfg=text)
+        vision |= {"patch_size": 8, "width": 48, "layers": 3, "head_width": 16}
+        model: Any = open_clip.CLIP(**config, **others)
     else:
-        vision = {"image_size": SIZE, "timm_model_name": "vit_base_patch16_siglip_224"}
-        vision |= {"timm_pool": "map", "timm_proj": "none"}
-        model = open_clip.CustomTextCLIP(
-            embed_dim=48, vision_cfg=vision, text_cfg=text, init_logit_bias=-10
-        )
+        vision |= {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map"}
+        vision |= {"timm_proj": "none"}
+        config["init_logit_bias"] = -10
+        model = open_clip.CustomTextCLIP(**config)
         model.visual.trunk = tower(kind)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    model.eval()
-    save_file(model.state_dict(), tmp_path / "open_clip.safetensors")
-    tokens = torch.randint(1, 50, (3, 8))
+    home = tmp_path / "tower"
+    config |= others
+    (home / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    (home / "model.safetensors").unlink()
+    save_file(model.state_dict(), home / "open_clip_model.safetensors")
+    whole: nn.Module = model.eval()
+    return whole
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_logits_are_those_of_open_clip_with_its_own_checkpoint(tmp_path: Path, kind: str) -> None:
+    model: Any = whole_model(tmp_path, kind)
+    tokens = torch.randint(1, 50, (3, 12))
     with torch.no_grad():
         prompts = model.encode_text(tokens)
         expected, _ = model.get_logits(images(), tokens)
     np.savez(tmp_path / "t.npz", names=np.array(NAMES), vectors=prompts.numpy())
     found = load_model(
         str(tmp_path / "tower"),
-        weights=tmp_path / "open_clip.safetensors",
+        weights=tmp_path / "tower" / "open_clip_model.safetensors",
         text_embeddings=tmp_path / "t.npz",
         device="cpu",
     )
     assert close(logits(found), expected.double())
     assert found.score_kind == ("sigmoid" if kind == "siglip" else "softmax")
+
+
+@pytest.mark.parametrize("form", ["weights", "folder", "training"])
+def test_prompts_are_scored_as_by_open_clip(tmp_path: Path, form: str) -> None:
+    whole: Any = whole_model(tmp_path, "clip")
+    home, weights = tmp_path / "tower", None
+    if form != "folder":
+        weights = home / "open_clip_model.safetensors"
+    if form == "training":
+        state = {f"module.{name}": tensor for name, tensor in whole.state_dict().items()}
+        weights = home / "epoch_1.pt"
+        torch.save({"epoch": 1, "name": "run", "state_dict": state}, weights)
+    import open_clip
+
+    templates = [str.lower, lambda name: f"a photo of {name}."]
+    model = load_model(
+        str(home),
+        weights=weights,
+        text={name: [each(name) for each in templates] for name in NAMES},
+        device="cpu",
+    )
+    tokenizer = open_clip.SimpleTokenizer(context_length=12)
+    with torch.no_grad():
+        classifier = open_clip.build_zero_shot_classifier(whole, tokenizer, NAMES, templates)
+        embedded = whole.encode_image(images(), normalize=True)
+        expected = whole.logit_scale.exp() * embedded @ classifier
+    assert close(logits(model), expected.double())
+    assert model.labels.names == NAMES
+    for one in ("a dog", {"a dog": "a dog"}, ["a dog"]):
+        again = load_model(str(home), weights=weights, text=one, device="cpu")
+        assert again.labels.names == ("a dog",)
+
+
+def test_activation_of_another_tower_is_found_out(tmp_path: Path) -> None:
+    whole_model(tmp_path, "clip", quick_gelu=True)
+    with pytest.raises(VitvizError, match="sees an image otherwise.*quickgelu"):
+        load_model(str(tmp_path / "tower"), text=NAMES, device="cpu")
+
+
+def test_command_line_scores_prompts(tmp_path: Path, shell: Shell) -> None:
+    whole_model(tmp_path, "clip")
+    save_pictures(tmp_path, ["a.png"])
+    words = ("--text", "a dog", "--text", "a cat", "--template", "a photo of {}.")
+    run = shell("relevance", "a.png", "-m", "tower", *words, "--class", "a cat", "--json")
+    assert run.code == 0, run.err
+    assert run.records[0]["outputs"][0]["class_label"] == "a cat"
+    assert "open_clip_model.safetensors: 2 prompts as classes, scored by cosine" in run.err
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("vit_base_patch16_siglip_224.webli", "timm/ViT-B-16-SigLIP"),
+        ("vit_base_patch16_clip_224.openai", "timm/vit_base_patch16_clip_224.openai"),
+    ],
+)
+def test_whole_model_of_a_tower_of_timm_is_the_one_that_open_clip_takes(
+    name: str, repository: str
+) -> None:
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    assert _repository(name) == repository
+    with pytest.raises(OptionError, match="knows no text tower for vit_tiny"):
+        _repository("vit_tiny_patch16_224")
+
+
+def test_whole_model_of_the_hub_is_taken_from_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole: Any = whole_model(tmp_path, "clip")
+    files = {"open_clip_config.json": "open_clip_config.json"}
+    files["open_clip_pytorch_model.bin"] = "open_clip_model.safetensors"  # as the hub's room looks
+
+    def cached(repository: str, filename: str) -> Path:
+        assert repository == "owner/name"
+        return tmp_path / "tower" / files[filename]
+
+    monkeypatch.setattr("vitviz.models.prompts.fetch_from_hub", cached)
+    found = embed_prompts({"a dog": ["a dog"]}, "hf-hub:owner/name", None, None)
+    import open_clip
+
+    with torch.no_grad():
+        expected = whole.encode_text(open_clip.SimpleTokenizer(context_length=12)(["a dog"]))
+    assert close(found.vectors.double(), F.normalize(expected, dim=-1).double())
+
+
+def test_whole_model_without_its_text_tower_is_refused(tmp_path: Path) -> None:
+    whole: Any = whole_model(tmp_path, "clip")
+    state = {n: t for n, t in whole.state_dict().items() if n.startswith(("visual.", "logit"))}
+    save_file(state, tmp_path / "tower" / "open_clip_model.safetensors")
+    with pytest.raises(VitvizError, match="has no positional_embedding.*both towers"):
+        load_model(str(tmp_path / "tower"), text=NAMES, device="cpu")
+
+
+def test_whole_model_must_be_there(tmp_path: Path) -> None:
+    whole_model(tmp_path, "clip")
+    (tmp_path / "tower" / "open_clip_config.json").unlink()
+    with pytest.raises(OptionError, match=r"has no open_clip_config.json"):
+        load_model(str(tmp_path / "tower"), text=NAMES, device="cpu")
+
+
+def test_prompts_without_open_clip_are_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitviz.models.prompts.find_spec", lambda name: None)
+    save_folder(tmp_path, "clip")
+    with pytest.raises(OptionError, match=r"vitviz\[text\]"):
+        load_model(str(tmp_path / "tower"), text=["a dog"], device="cpu")
+
+
+def test_prompts_and_templates_are_checked() -> None:
+    assert phrases(["a", "b"], ["x {}", "{}!"]) == {"a": ["x a", "a!"], "b": ["x b", "b!"]}
+    assert phrases(["a {b}"]) == {"a {b}": ["a {b}"]}
+    for prompts, templates in ((["a"], ["a photo"]), ([], ["{}"]), (["a", " a"], []), ([""], [])):
+        with pytest.raises(OptionError):
+            phrases(prompts, templates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,14 +35,16 @@ MODEL_HELP = (
     "A timm name, an alias, demo, hf-hub:owner/name, a folder with a config.json, or your own "
     "package.module:factory."
 )
+
+
+def _own(*names: str, **settings: Any) -> Any:
+    """Declare an option of the model that has no default to show."""
+    return declare(MODEL, *names, show_default=False, **settings)
+
+
 ImgSizeOption = Annotated[
     str | None,
-    declare(
-        MODEL,
-        metavar="N|HxW",
-        help="Build the model for this image size, instead of its own.",
-        show_default=False,
-    ),
+    _own(metavar="N|HxW", help="Build the model for this image size, instead of its own."),
 ]
 
 
@@ -60,50 +62,34 @@ class SharedOptions:
     ]
     model: Annotated[
         str | None,
-        declare(
-            MODEL,
+        _own(
             "-m",
             "--model",
             autocompletion=complete_models,
             metavar="MODEL",
             help=f"{MODEL_HELP} With --weights alone: what their file says. Default: {DEFAULT}.",
-            show_default=False,
         ),
     ] = None
     weights: Annotated[
         Path | None,
-        declare(
-            MODEL,
-            metavar="FILE",
-            help="Your own checkpoint (.safetensors, .pth, .pt, .npz).",
-            show_default=False,
-        ),
+        _own(metavar="FILE", help="Your own checkpoint (.safetensors, .pth, .pt, .npz)."),
     ] = None
     labels: Annotated[
         Path | None,
-        declare(
-            MODEL,
-            metavar="FILE",
-            help="Class names: one a line, a JSON list, or {index: name}.",
-            show_default=False,
-        ),
+        _own(metavar="FILE", help="Class names: one a line, a JSON list, or {index: name}."),
     ] = None
     img_size: ImgSizeOption = None
     mean: Annotated[
         str | None,
-        declare(
-            MODEL,
+        _own(
             metavar="R,G,B",
             help="Subtracted from pixels in [0, 1], instead of the model's own; one number for all "
             "channels, or one each.",
-            show_default=False,
         ),
     ] = None
     std: Annotated[
         str | None,
-        declare(
-            MODEL, metavar="R,G,B", help="Divided by after that, likewise.", show_default=False
-        ),
+        _own(metavar="R,G,B", help="Divided by after that, likewise."),
     ] = None
     fit: Annotated[
         Fit,
@@ -115,34 +101,40 @@ class SharedOptions:
     ] = Fit.SQUASH
     value_range: Annotated[
         str | None,
-        declare(
-            MODEL,
+        _own(
             metavar="LOW:HIGH",
             help="Pixel values that become black and white, as 0:4095, or percentiles of each "
             "image, as 1%:99%; by default 0 and the largest integer of their type, 0 and 1 for "
             "floats.",
-            show_default=False,
         ),
     ] = None
     adapter: Annotated[
         Path | None,
-        declare(
-            MODEL,
-            metavar="DIR",
-            help="A LoRA adapter of PEFT, merged into the weights.",
-            show_default=False,
-        ),
+        _own(metavar="DIR", help="A LoRA adapter of PEFT, merged into the weights."),
     ] = None
     text_embeddings: Annotated[
         Path | None,
-        declare(
-            MODEL,
+        _own(
             metavar="FILE",
             help="Names and vectors of prompts (.safetensors, .npz): the classes of a CLIP or "
             "SigLIP tower.",
-            show_default=False,
         ),
     ] = None
+    text: Annotated[
+        list[str],
+        _own(
+            metavar="PROMPT",
+            help="A prompt, a class of a CLIP or SigLIP tower; repeatable. Needs vitviz[text].",
+        ),
+    ] = ()  # type: ignore[assignment]  # a default must not be mutable
+    templates: Annotated[
+        list[str],
+        _own(
+            "--template",
+            metavar="TEXT",
+            help="What prompts are put into, as 'a photo of a {}.'; repeatable, averaged.",
+        ),
+    ] = ()  # type: ignore[assignment]  # a default must not be mutable
     device: Annotated[
         str,
         declare(

@@ -111,6 +111,7 @@ def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
         from vitviz.cli.reporter import Reporter
         from vitviz.models.devices import describe_device, select_device
         from vitviz.models.model import load_model
+        from vitviz.models.prompts import phrases
 
     reporter = Reporter(quiet=run.quiet, as_json=run.as_json, nul=run.nul)
     for argument in found.fruitless:
@@ -128,6 +129,7 @@ def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
         precision=run.precision,
         adapter=run.adapter,
         text_embeddings=run.text_embeddings,
+        text=phrases(run.text, run.templates),
     )
     reporter.say(model.describe())
     for note in model.notes:

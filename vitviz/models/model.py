@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from vitviz.models.preprocessing import (
     normalised_by,
     preprocessing_of,
 )
+from vitviz.models.prompts import embed_prompts, phrases, require_open_clip
 from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.record import ModelRecord, versions
 from vitviz.models.structure import has_classifier, input_channels
@@ -40,8 +41,9 @@ from vitviz.models.weight_files import WeightFile
 from vitviz.models.wrapping import logits_of, make_ordinary, own_numbers, unwrapped
 from vitviz.options import Fit, Precision, whole
 
-__all__ = ["Model", "load_model"]
+__all__ = ["Model", "Prompts", "load_model"]
 
+Prompts = Sequence[str] | Mapping[str, Sequence[str]]
 
 _DTYPES = {
     Precision.FP32: torch.float32,
@@ -155,14 +157,14 @@ def load_model(
     precision: Precision | str | None = None,
     adapter: str | Path | None = None,
     text_embeddings: str | Path | None = None,
+    text: Prompts = (),
 ) -> Model:
     """Load a model and find out where its tokens are and which of them its head reads.
 
     Args:
         model: A timm name with or without tag, an alias (``deit_tiny``), ``demo``,
             ``hf-hub:owner/name``, a folder with a config.json, ``package.module:factory``, or a
-            timm model object with its weights, compiled or in a wrapper of torch or not; None:
-            what the file of ``weights`` says that it is, and ``deit_tiny`` without one.
+            timm model object, compiled or wrapped or not; None: as the file of ``weights`` says.
         weights: A checkpoint to use instead of the pretrained weights.
         labels: A file with the names of the classes.
         device: ``auto`` (a model object stays where it is), ``cpu``, ``cuda``, ``cuda:1``,
@@ -174,6 +176,7 @@ def load_model(
         precision: ``fp32``, ``bf16`` or ``fp16``; None: as the weights are.
         adapter: A LoRA adapter of PEFT, its folder or file, to merge into the weights.
         text_embeddings: Names and vectors of prompts, the classes of a CLIP or SigLIP tower.
+        text: Prompts themselves, or phrases for each name, which are averaged (needs open_clip).
 
     Raises:
         OptionError: An option is not usable, or ``weights`` do not say which model they are for.
@@ -185,8 +188,7 @@ def load_model(
     """
     size = _sides(img_size)
     with own_numbers():
-        given = (weights, adapter, labels, text_embeddings)
-        files = _Files(*(Path(each) if each else None for each in given))
+        files = _Files.of(weights, adapter, labels, text_embeddings, text)
         built, layout = _built(model, files, device, Fit(fit), size)
         if precision is not None:
             built.module.to(_DTYPES[Precision(precision)])
@@ -195,12 +197,32 @@ def load_model(
 
 
 class _Files(NamedTuple):
-    """What of a model is in files of the user's."""
+    """What of a model is in files of the user's, and the prompts that are its classes."""
 
     weights: Path | None
     adapter: Path | None
     labels: Path | None
     text: Path | None
+    prompts: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, weights: Any, adapter: Any, labels: Any, text: Any, prompts: Prompts) -> _Files:
+        """Read what is given.
+
+        Raises:
+            OptionError: Classes have several names, or there is no open_clip to embed prompts.
+        """
+        if not isinstance(prompts, Mapping):
+            prompts = phrases([prompts] if isinstance(prompts, str) else list(prompts))
+        paths = [Path(each) if each else None for each in (weights, adapter, labels, text)]
+        found = cls(paths[0], paths[1], paths[2], paths[3], prompts)
+        if sum(map(bool, (found.labels, found.text, found.prompts))) > 1:
+            raise OptionError(
+                "--labels, --text and --text-embeddings all name the classes; give one of them"
+            )
+        if found.prompts:
+            require_open_clip()
+        return found
 
 
 def _built(
@@ -211,18 +233,23 @@ def _built(
     size: tuple[int, int] | None,
 ) -> tuple[LoadedModule, TokenLayout]:
     """Take a model object, or build a model, on its device."""
-    if files.text and files.labels:
-        raise OptionError("with --text-embeddings prompts are the classes; leave out --labels")
     text = read_text_embeddings(files.text) if files.text else None
     if isinstance(model, nn.Module):
         if files.weights or files.adapter or size is not None or fit is Fit.NATIVE:
             raise OptionError("a model object is taken as it is: weights, size and fit are its own")
+        if files.prompts:
+            raise OptionError(
+                "--text is for models by name; for a model object give --text-embeddings"
+            )
         built, layout = _taken(model, device)
         return _worded(built, text), layout
     target = select_device(device)
     file = WeightFile(files.weights) if files.weights else None
     adapter = read_adapter(files.adapter) if files.adapter else None
     built, layout = _build(model, file, adapter, fit, size)
+    if files.prompts:
+        tower = built.module if adapter is None else None
+        text = embed_prompts(files.prompts, built.name, file, tower)
     built = _worded(built, text, file)
     built.module.to(target).eval()
     return built, layout
