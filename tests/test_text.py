@@ -117,7 +117,7 @@ def test_bias_is_added_and_its_classes_do_not_exclude_each_other(tmp_path: Path)
     order = [NAMES.index(name) for name in model.labels.names]
     assert close(logits(model), (math.exp(4) * cosines(module, "siglip") - 12.5)[:, order])
     assert model.score_kind == "sigmoid"
-    assert any("3 prompts as classes, scored by cosine × 54.5982 − 12.5" in n for n in model.notes)
+    assert any("3 prompts as classes, scored by cosine × 54.5982 - 12.5" in n for n in model.notes)
 
 
 def test_scale_that_is_not_given_is_assumed_and_that_is_said(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class TextEmbeddings:
         """Say in one line what the classes are and how they are scored."""
         count = f"{len(self.names)} prompt{'s' if len(self.names) > 1 else ''}"
         scale = _USUAL_SCALE if self.scale is None else self.scale
-        bias = "" if self.bias is None else f" {'+' if self.bias >= 0 else '−'} {abs(self.bias):g}"
+        bias = "" if self.bias is None else f" {'+' if self.bias >= 0 else '-'} {abs(self.bias):g}"
         assumed = "" if self.scale is not None else f", as {_SCALE} is not given"
         return f"{self.source}: {count} as classes, scored by cosine × {scale:g}{bias}{assumed}"
 
