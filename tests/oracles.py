@@ -257,6 +257,15 @@ def class_and_distillation(tokens: int) -> Array:
     return (np.eye(tokens)[0] + np.eye(tokens)[1]) / 2
 
 
+def class_beside_patches_after(prefix_tokens: int) -> Callable[[int], Array]:
+    """w of a head that reads the class token beside the average behind a prefix: half for each."""
+
+    def readout(tokens: int) -> Array:
+        return (class_token(tokens) + patches_after(prefix_tokens)(tokens)) / 2
+
+    return readout
+
+
 def all_tokens(tokens: int) -> Array:
     """w of a head that averages every token."""
     return np.full(tokens, 1 / tokens)

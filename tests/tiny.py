@@ -23,6 +23,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import oracles
+from vitviz.models.twofold import TwofoldVisionTransformer
 
 _SIZE: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 
@@ -245,6 +246,13 @@ CASES = (
         readout=oracles.class_token,
         prefix_tokens=1,
         grid=(4, 6),
+    ),
+    TinyCase(
+        name="class-beside-average",
+        seed=200,
+        architecture=partial(TwofoldVisionTransformer, img_size=32, depth=4, reg_tokens=2, **_SIZE),
+        readout=oracles.class_beside_patches_after(3),
+        prefix_tokens=3,
     ),
 )
 

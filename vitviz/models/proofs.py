@@ -41,6 +41,8 @@ def check_readout(module: nn.Module, layout: TokenLayout, input_size: tuple[int,
     order = torch.arange(layout.tokens)
     if layout.readout in (Readout.PATCH_AVERAGE, Readout.TOKEN_AVERAGE):
         order[expected] = order[expected].roll(1)
+    elif layout.readout is Readout.CLASS_BESIDE_AVERAGE:
+        order[layout.prefix_tokens :] = order[layout.prefix_tokens :].roll(1)
     run = _run_without_blocks(module, input_size, order)
     _require_untouched_between_blocks(module, run)
     _require_finite_output(module, run)

@@ -30,6 +30,7 @@ from vitviz.models.structure import (
     patch_grid,
     trunk,
 )
+from vitviz.models.twofold import CLASS_BESIDE_AVERAGE
 
 __all__ = ["AttentionCall", "Readout", "TokenLayout", "read_layout", "survey", "token_count"]
 
@@ -42,6 +43,7 @@ class Readout(Enum):
     CLASS_AND_DISTILLATION = "mean of the class and the distillation token"
     PATCH_AVERAGE = "average of the patch tokens"
     TOKEN_AVERAGE = "average of all tokens"
+    CLASS_BESIDE_AVERAGE = "class token beside the average of the patch tokens"
     ATTENTION_POOLING = "attention pooling"
     CLASS_ATTENTION = "class token, which joins after the blocks and attends to all tokens"
 
@@ -99,6 +101,9 @@ class TokenLayout:
             weights[:2] = 0.5
         elif self.readout is Readout.PATCH_AVERAGE:
             weights[self.prefix_tokens :] = 1 / (tokens - self.prefix_tokens)
+        elif self.readout is Readout.CLASS_BESIDE_AVERAGE:
+            weights[self.prefix_tokens :] = 0.5 / (tokens - self.prefix_tokens)
+            weights[0] = 0.5
         elif self.tail or self.readout is Readout.TOKEN_AVERAGE:
             weights[self.pooled_from :] = 1 / (tokens - self.pooled_from)
         else:
@@ -298,6 +303,8 @@ def _readout(module: nn.Module, prefix: int, class_tokens: int) -> Readout:
         return Readout.CLASS_AND_DISTILLATION
     if pooling == "token":
         return Readout.CLASS_TOKEN if class_tokens else Readout.FIRST_TOKEN
+    if pooling == CLASS_BESIDE_AVERAGE:
+        return Readout.CLASS_BESIDE_AVERAGE
     if pooling == "avg" and not merged:
         everything = getattr(module, "pool_include_prefix", False) or not prefix
         return Readout.TOKEN_AVERAGE if everything else Readout.PATCH_AVERAGE
