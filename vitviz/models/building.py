@@ -17,12 +17,18 @@ import torch
 from torch import nn
 
 import vitviz
-from vitviz.errors import ModelError, WeightsError, first_line
+from vitviz.errors import ModelError, OptionError, WeightsError, first_line
 from vitviz.models.adapters import Adapter, merged
 from vitviz.models.checkpoints import mismatch, read_checkpoint
-from vitviz.models.hub import fetch_from_hub, require_answer
+from vitviz.models.hub import fetch_from_hub, fetch_if_there, require_answer
 from vitviz.models.labels import Labels
 from vitviz.models.names import FACTORY
+from vitviz.models.translation import (
+    PROCESSOR_FILE,
+    Translation,
+    is_translatable,
+    translation_of,
+)
 from vitviz.models.weight_files import WeightFile, find_weights
 
 __all__ = ["LoadedModule", "build_model", "build_skeleton"]
@@ -136,6 +142,13 @@ def _from_file(
     adapter: Adapter | None,
 ) -> tuple[nn.Module, list[str]]:
     """Build a model with the weights of a file; return what should be said about them, too."""
+    if translation := _translation(name):
+        if adapter is not None:
+            raise OptionError(
+                f"--adapter {adapter.path} cannot be merged into a model of transformers; merge it "
+                "with PEFT's merge_and_unload, and save that"
+            )
+        return _from_translated_file(file, translation, arguments)
     path, checkpoint = file.path, read_checkpoint(file, skeleton)
     said = [checkpoint.unwrapped, *_resized(path, checkpoint.tensors, skeleton)]
     notes = [f"{path}: {each}" for each in said if each]
@@ -193,6 +206,28 @@ def _filled(
         raise _misfit(path, tensors, expected) from error
     module.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
     return module
+
+
+def _from_translated_file(
+    file: WeightFile, translation: Translation, arguments: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """Do the same for the weights of a model of transformers."""
+    module = translation.build(**arguments)
+    checkpoint = read_checkpoint(file, module, translation.renamed)
+    state = translation.state(checkpoint.tensors, module)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise _misfit(file.path, state, module) from error
+    resized = translation.resized(checkpoint.tensors, module)
+    said = [checkpoint.unwrapped, resized, *translation.notes]
+    return module, [f"{file.path}: {each}" for each in said if each]
+
+
+def _translation(name: str) -> Translation | None:
+    """Return how to build a model whose folder transformers saved."""
+    folder = name.removeprefix("local-dir:")
+    return None if folder == name else translation_of(Path(folder))
 
 
 def _misfit(path: Path, tensors: Mapping[str, torch.Tensor], expected: nn.Module) -> WeightsError:
@@ -259,7 +294,10 @@ def _local(name: str) -> str:
             raise ModelError(f"{folder} has no config.json; expected a model folder as on the hub")
     if not name.startswith("hf-hub:"):
         return name
-    config = fetch_from_hub(name.removeprefix("hf-hub:"), "config.json")
+    repository = name.removeprefix("hf-hub:")
+    config = fetch_from_hub(repository, "config.json")
+    if is_translatable(config.parent):
+        fetch_if_there(repository, PROCESSOR_FILE)
     return f"local-dir:{config.parent}"
 
 
@@ -287,7 +325,10 @@ def _resized(path: Path, tensors: Mapping[str, torch.Tensor], skeleton: nn.Modul
 
 
 def _create(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
+    translation = _translation(name)
     try:
+        if translation is not None:
+            return translation.build(**arguments)
         module: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except TypeError as error:
         if "dynamic_img_size" in str(error):

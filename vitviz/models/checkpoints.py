@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,17 @@ class Checkpoint:
     unwrapped: str = ""
 
 
-def read_checkpoint(weights: Path | WeightFile, module: nn.Module | None = None) -> Checkpoint:
+def read_checkpoint(
+    weights: Path | WeightFile,
+    module: nn.Module | None = None,
+    renamed: Callable[[Mapping[Any, Any], str], Mapping[Any, Any]] | None = None,
+) -> Checkpoint:
     """Read a weights file, and unwrap what trainers wrap around a model.
 
     Args:
         weights: The file.
         module: The model that is to get the tensors, if it is known.
+        renamed: Gives what a file holds the model's names, where these are other ones.
 
     Raises:
         WeightsError: The file is missing, damaged, holds code, no tensors or no single model.
@@ -47,10 +53,11 @@ def read_checkpoint(weights: Path | WeightFile, module: nn.Module | None = None)
     file = weights if isinstance(weights, WeightFile) else WeightFile(weights)
     expected = {} if module is None else dict(module.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    if module is not None and jax_place(file.content) is not None:
-        found = from_jax(file.content, str(file.path), module)
+    content = renamed(file.content, str(file.path)) if renamed else file.content
+    if module is not None and not renamed and jax_place(content) is not None:
+        found = from_jax(content, str(file.path), module)
     else:
-        found = unwrap(file.content, str(file.path), shapes)
+        found = unwrap(content, str(file.path), shapes)
     if holds_adapter(found.tensors):
         raise WeightsError(
             f"{file.path} is a LoRA adapter, no whole model; give it with --adapter, and the model "

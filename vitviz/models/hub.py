@@ -16,7 +16,7 @@ from typing import Any
 
 from vitviz.errors import WeightsError, first_line
 
-__all__ = ["fetch_from_hub", "require_answer"]
+__all__ = ["fetch_from_hub", "fetch_if_there", "require_answer"]
 
 
 _STATUSES = {
@@ -65,10 +65,32 @@ def fetch_from_hub(repository: str, filename: str | None) -> Path:
                 f"{repository} could not be downloaded: {_trouble(cause)}; or give your own file "
                 "with -m NAME --weights FILE"
             ) from error
-    raise WeightsError(
+    raise _NoSuchFileError(
         f"{repository} has none of {', '.join(names)}; give your own file with -m NAME "
         "--weights FILE"
     )
+
+
+def fetch_if_there(repository: str, filename: str) -> Path | None:
+    """Do the same for a file that a model may do without; None where it has none.
+
+    Raises:
+        WeightsError: It is not known whether it has one, and the hub cannot be reached.
+    """
+    import huggingface_hub
+
+    repo_id, _, tag = repository.partition("@")
+    known = huggingface_hub.try_to_load_from_cache(repo_id, filename, revision=tag or None)
+    if known is not None and not isinstance(known, str):
+        return None  # the cache remembers that it is not there
+    try:
+        return fetch_from_hub(repository, filename)
+    except _NoSuchFileError:
+        return None
+
+
+class _NoSuchFileError(WeightsError):
+    """A model on the hub does not have a file."""
 
 
 def require_answer(url: str, wanted: str) -> None:

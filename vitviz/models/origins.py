@@ -12,6 +12,7 @@ from typing import Any
 
 from vitviz.errors import OptionError
 from vitviz.models.names import ALIASES
+from vitviz.models.translation import stated_architecture
 from vitviz.models.weight_files import WeightFile
 
 __all__ = ["Statement", "disagreement", "model_stated"]
@@ -112,6 +113,9 @@ def _configured(file: WeightFile, known: Collection[str]) -> Iterator[Statement]
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return
+    if theirs := stated_architecture(path.parent):
+        model = f"local-dir:{path.parent}"
+        yield Statement(name=theirs, where="the config.json beside it", model=model)
     name = config.get("architecture") if isinstance(config, dict) else None
     if found := _known(name, known):
         described = config.get("pretrained_cfg")

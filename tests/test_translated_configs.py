@@ -1,0 +1,189 @@
+"""Configs of transformers and of its image processors: what is honoured, and what is refused.
+
+No transformers is needed for these: they are about text in files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vitviz.errors import ModelError, WeightsError
+from vitviz.models.building import build_skeleton
+from vitviz.models.model import load_model
+from vitviz.models.preprocessing import Preprocessing, preprocessing_of
+from vitviz.models.translation import translation_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG: dict[str, Any] = {
+    "model_type": "vit",
+    "architectures": ["ViTForImageClassification"],
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PLAIN = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": 32}
+CROPPED = {**PLAIN, "size": 64, "crop_size": 48}
+MEANS = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+EDGE, SQUARE = {"shortest_edge": 64}, {"height": 32, "width": 32}
+
+
+def write(folder: Path, processor: dict[str, Any] | None = None, **config: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def seen(folder: Path) -> Preprocessing:
+    return preprocessing_of(build_skeleton(f"local-dir:{folder}"))
+
+
+@pytest.mark.parametrize(
+    ("processor", "size", "crop_pct", "interpolation"),
+    [
+        (PLAIN, (32, 32), 1, "bilinear"),
+        ({**PLAIN, "size": SQUARE, "resample": 3}, (32, 32), 1, "bicubic"),
+        ({**PLAIN, "size": {"height": 24, "width": 48}}, (24, 48), 1, "bilinear"),
+        ({**PLAIN, "size": EDGE}, (32, 32), 1, "bilinear"),
+        (
+            {**PLAIN, "size": EDGE, "crop_size": {"height": 48, "width": 48},
+             "do_center_crop": True},
+            (48, 48), 0.75, "bilinear",
+        ),
+        ({**CROPPED, "do_center_crop": True}, (48, 48), 0.75, "bilinear"),
+        ({**CROPPED, "do_center_crop": False}, (64, 64), 1, "bilinear"),
+        ({**PLAIN, "size": 64, "do_resize": False}, (32, 32), 1, "bilinear"),
+    ],
+)  # fmt: skip
+def test_size_crop_and_filter_of_a_processor_are_taken(
+    processor: dict[str, Any],
+    size: tuple[int, int],
+    crop_pct: float,
+    interpolation: str,
+    tmp_path: Path,
+) -> None:
+    found = seen(write(tmp_path, processor))
+    assert (found.size, found.crop_pct, found.interpolation) == (size, crop_pct, interpolation)
+    assert (found.mean, found.std) == MEANS
+
+
+@pytest.mark.parametrize(
+    ("changes", "mean", "std"),
+    [
+        ({"do_normalize": False}, (0,) * 3, (1,) * 3),
+        ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51] * 3},
+         (0.5,) * 3, (0.2,) * 3),
+        ({"rescale_factor": 1 / 127.5}, (0.05, 0.1, 0.15), (0.2, 0.25, 0.3)),
+        ({"image_mean": None, "image_std": None}, (0.5,) * 3, (0.5,) * 3),
+    ],
+)  # fmt: skip
+def test_pixels_come_to_the_same_numbers_as_the_processors(
+    changes: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...], tmp_path: Path
+) -> None:
+    found = seen(write(tmp_path, {**PLAIN, **changes}))
+    assert found.mean == pytest.approx(mean)
+    assert found.std == pytest.approx(std)
+
+
+def test_processor_within_the_file_of_a_pair_is_found(tmp_path: Path) -> None:
+    (write(tmp_path) / "processor_config.json").write_text(json.dumps({"image_processor": PLAIN}))
+    assert seen(tmp_path).mean == MEANS[0]
+
+
+BEIT = {"model_type": "beit", "architectures": ["BeitForImageClassification"]}
+DINOV3 = {"model_type": "dinov3_vit", "architectures": ["DINOv3ViTModel"]}
+SIGLIP = {"model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"]}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "swin"}, "'swin' is none of the plain.*it knows vit, deit, "),
+    ({"architectures": ["ViTForMaskedImageModeling"]}, "no classifier and no bare encoder"),
+    ({**BEIT, "architectures": ["BeitForSemanticSegmentation"]}, "BeitForSemanticSegmentation is"),
+    ({"architectures": None}, "vit without a class is no classifier"),
+    ({"hidden_act": "selu"}, "hidden_act is 'selu'; expected one of gelu"),
+    ({"hidden_size": 50}, "hidden_size 50 is no multiple of num_attention_heads 3"),
+    ({"hidden_size": "wide"}, "config.json describes no ViTForImageClassification that timm"),
+    ({"id2label": ["cat"]}, "config.json describes no ViTForImageClassification that timm"),
+    ({"patch_size": 0}, "config.json describes no"),
+    ({"image_size": None}, "config.json describes no"),
+    ({**BEIT, "hidden_act": "relu"}, "'relu', and timm's module for beit has gelu alone"),
+    ({**BEIT, "image_size": [32, 48], "use_relative_position_bias": True}, "rows and columns"),
+    ({**DINOV3, "key_bias": True}, "key_bias is true; timm's module has none"),
+    ({**DINOV3, "use_gated_mlp": True}, "a gated MLP has 'gelu'; timm's has silu alone"),
+    ({**SIGLIP, "vision_use_head": False}, "vision_use_head is false"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED)
+def test_config_that_timms_parts_cannot_follow_is_refused_with_the_reason(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=reason) as caught:
+        load_model(str(write(tmp_path, PLAIN, **changes)), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [{"size": "large"}, {"size": {"height": 3}, "crop_size": "x", "do_center_crop": True},
+     {"resample": 17}, {"image_mean": "grey"}, {"rescale_factor": 0}],
+    ids=str,
+)  # fmt: skip
+def test_processor_that_cannot_be_followed_is_refused(
+    processor: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="preprocessor_config.json is none that vitviz can"):
+        load_model(str(write(tmp_path, processor)), device="cpu")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"architecture": "test_vit", "model_type": "vit"}'])
+def test_config_that_is_not_of_transformers_is_left_to_timm(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert translation_of(tmp_path) is None
+
+
+def test_shape_that_no_size_fits_keeps_its_own_words(tmp_path: Path) -> None:
+    write(tmp_path, PLAIN)
+    save_file({"vit.layernorm.weight": torch.ones(48)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="does not fit ViTForImageClassification"):
+        load_model(str(tmp_path), device="cpu")
+
+
+# The hub's cache
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let a model without weights be in the cache of a hub that cannot be reached."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    home = tmp_path / "models--own--vit"
+    snapshot = home / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    return write(snapshot)
+
+
+def test_processor_is_fetched_beside_the_config_of_the_hub(cached: Path) -> None:
+    with pytest.raises(WeightsError, match="own/vit is not in the cache"):
+        build_skeleton("hf-hub:own/vit")
+    (cached / "preprocessor_config.json").write_text(json.dumps(PLAIN))
+    module = build_skeleton("hf-hub:own/vit")
+    assert preprocessing_of(module).mean == MEANS[0]
+
+
+def test_processor_that_the_hub_does_not_have_is_done_without(cached: Path) -> None:
+    known = cached.parents[1] / ".no_exist" / "abc"
+    known.mkdir(parents=True)
+    (known / "preprocessor_config.json").touch()
+    assert preprocessing_of(build_skeleton("hf-hub:own/vit")).mean == (0.5,) * 3

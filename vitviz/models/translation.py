@@ -1,0 +1,139 @@
+"""Models of transformers as timm's: from a folder that it saved.
+
+transformers itself is never loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitviz.errors import ModelError, first_line
+from vitviz.models.families import class_count, plan_of
+from vitviz.models.keys import renamed, resized, state_of
+from vitviz.models.plans import Plan
+from vitviz.models.processor import data_config
+
+__all__ = [
+    "PROCESSOR_FILE",
+    "Translation",
+    "is_translatable",
+    "stated_architecture",
+    "translation_of",
+]
+
+
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """A model of transformers in timm's terms.
+
+    Attributes:
+        plan: How to build it.
+        config: What timm would call its pretrained config.
+        notes: What a user should be told.
+    """
+
+    plan: Plan
+    config: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def build(self, img_size: tuple[int, int] | None = None, **arguments: Any) -> nn.Module:
+        """Build it, for images as its processor makes them or of another size."""
+        module = self.plan.build(img_size or self.config["input_size"][1:], **arguments)
+        module.pretrained_cfg = module.default_cfg = dict(self.config)  # type: ignore[assignment]
+        return module
+
+    def renamed(self, content: Mapping[Any, Any], origin: str) -> dict[Any, Any]:
+        """Give what a checkpoint holds timm's names."""
+        return renamed(content, self.plan, origin)
+
+    def resized(self, tensors: Iterable[str], module: nn.Module) -> str:
+        """Say which positions are fitted to another grid; empty where none are."""
+        return resized(tensors, self.plan, module)
+
+    def state(self, tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+        """Bring tensors under timm's names to the forms of a module that ``build`` made."""
+        return state_of(tensors, self.plan, module)
+
+
+def translation_of(folder: Path) -> Translation | None:
+    """Read a model folder; None if its config is not of transformers.
+
+    Raises:
+        ModelError: It is of a model that timm's parts do not make.
+    """
+    config = _read(folder / "config.json")
+    if not _architecture(config):
+        return None
+    processor = _read(folder / PROCESSOR_FILE) or _read(folder / "processor_config.json").get(
+        "image_processor", {}
+    )
+    found = {"source": "local-dir", "file": str(folder)}
+    return _translation(config, processor, found, str(folder / "config.json"))
+
+
+def stated_architecture(folder: Path) -> str:
+    """Return what the config.json of a folder is for by transformers' name; else empty."""
+    return _architecture(_read(folder / "config.json"))
+
+
+def is_translatable(folder: Path) -> bool:
+    """Tell whether the config.json of a folder is of transformers."""
+    return bool(stated_architecture(folder))
+
+
+def _translation(
+    config: Mapping[str, Any], processor: Mapping[str, Any], found: dict[str, str], origin: str
+) -> Translation:
+    architecture = _architecture(config)
+    try:
+        plan = plan_of(config, architecture)
+        data = data_config(processor, plan)
+        names = _label_names(config)
+    except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{origin} describes no {architecture} that timm can build ({first_line(error)})"
+        ) from error
+    labels = {"label_names": names} if names else {}
+    heads = ("head", "head_dist") if architecture.endswith("WithTeacher") else "head"
+    about = {"architecture": architecture, "classifier": heads}
+    means = " ".join(f"{each:g}" for each in data["mean"])
+    note = f"no {PROCESSOR_FILE} says how its images were prepared: mean {means} assumed"
+    return Translation(
+        plan=plan,
+        config={**data, **about, **labels, **found},
+        notes=() if processor else (note,),
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """Return transformers' name of the class that a config is for; empty if it is not its config.
+
+    What timm saves has an ``architecture``, though a ``model_type`` may be beside it.
+    """
+    kind, named = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str) or isinstance(config.get("architecture"), str):
+        return ""
+    return str(named[0]) if isinstance(named, list) and named else f"{kind} without a class"
+
+
+def _label_names(config: Mapping[str, Any]) -> list[str]:
+    """List the names of classes in the order of the logits."""
+    by_index = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
+    return [by_index[index] for index in range(class_count(config)) if by_index]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
