@@ -187,3 +187,20 @@ def test_processor_that_the_hub_does_not_have_is_done_without(cached: Path) -> N
     known.mkdir(parents=True)
     (known / "preprocessor_config.json").touch()
     assert preprocessing_of(build_skeleton("hf-hub:own/vit")).mean == (0.5,) * 3
+
+
+def test_all_shards_are_fetched_from_the_hub(cached: Path) -> None:
+    (cached / "preprocessor_config.json").write_text(json.dumps(PLAIN))
+    for name in ("model.safetensors", "pytorch_model.bin"):  # known to be missing
+        missing = cached.parents[1] / ".no_exist" / "abc" / name
+        missing.parent.mkdir(parents=True, exist_ok=True)
+        missing.touch()
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = {"weight_map": {"vit.layernorm.weight": shards[0], "vit.layernorm.bias": shards[1]}}
+    (cached / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"vit.layernorm.weight": torch.ones(48)}, cached / shards[0])
+    with pytest.raises(WeightsError, match="own/vit is not in the cache"):
+        load_model("hf-hub:own/vit", device="cpu")
+    save_file({"vit.layernorm.bias": torch.ones(48)}, cached / shards[1])
+    with pytest.raises(WeightsError, match="does not fit ViTForImageClassification: 30 missing"):
+        load_model("hf-hub:own/vit", device="cpu")

@@ -29,7 +29,7 @@ from vitviz.models.translation import (
     is_translatable,
     translation_of,
 )
-from vitviz.models.weight_files import WeightFile, find_weights
+from vitviz.models.weight_files import INDEX_FILES, WeightFile, find_weights, shards_of
 
 __all__ = ["LoadedModule", "build_model", "build_skeleton"]
 
@@ -353,12 +353,21 @@ def _folder_weights(name: str, folder: Path) -> Path:
     They are read as the user's own are, since code may be pickled in them as well.
     """
     if name.startswith("hf-hub:"):
-        return fetch_from_hub(name.removeprefix("hf-hub:"), None)
+        return _whole(name.removeprefix("hf-hub:"))
     if found := find_weights(folder):
         return found
     raise WeightsError(
         f"{folder} has no weights (model.safetensors, say); give a file with -m NAME --weights FILE"
     )
+
+
+def _whole(repository: str) -> Path:
+    """Find the weights of a model on the hub, all shards of them, or download them."""
+    path = fetch_from_hub(repository, None)
+    if path.name in INDEX_FILES:
+        for shard in shards_of(path):
+            fetch_from_hub(repository, shard)
+    return path
 
 
 def _pretrained(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vitviz.errors import WeightsError, first_line
+from vitviz.models.weight_files import INDEX_FILES
 
 __all__ = ["fetch_from_hub", "fetch_if_there", "require_answer"]
 
@@ -128,7 +129,7 @@ def require_answer(url: str, wanted: str) -> None:
 def _hub_filenames(filename: str | None) -> list[str]:
     """List the names that timm would try for a file, safetensors first."""
     if filename is None:
-        return ["model.safetensors", "pytorch_model.bin"]
+        return ["model.safetensors", "pytorch_model.bin", *INDEX_FILES]
     if filename == "open_clip_pytorch_model.bin":
         return ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", filename]
     if Path(filename).suffix not in (".bin", ".pth", ".pt"):

@@ -27,7 +27,7 @@ from torch.serialization import safe_globals
 
 from vitviz.errors import WeightsError, first_line
 
-__all__ = ["INDEX_FILES", "WeightFile", "find_weights"]
+__all__ = ["INDEX_FILES", "WeightFile", "find_weights", "shards_of"]
 
 
 _NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -106,20 +106,30 @@ def _index_of(path: Path) -> Path | None:
     return index
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    """List the shards that an index names, all of them files beside it."""
+def shards_of(index: Path) -> list[str]:
+    """List the names of the shards that an index names.
+
+    Raises:
+        WeightsError: It is no such index.
+    """
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         names = sorted({str(name) for name in places})
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is no list of shards ({first_line(error)})") from error
+    if not names:
+        raise WeightsError(f"{index} names no shard")
+    return names
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """List the shards that an index names, all of them files beside it."""
+    names = shards_of(index)
     for name in names:
         if Path(name).name != name or not index.with_name(name).is_file():
             raise WeightsError(
                 f"{index} names the shard {name}, which is not beside it; get all {len(names)}"
             )
-    if not names:
-        raise WeightsError(f"{index} names no shard")
     return tuple(index.with_name(name) for name in names)
 
 
