@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitviz.errors import ModelError, WeightsError
+from vitviz.errors import ModelError, UnsupportedModelError, WeightsError
 from vitviz.models.building import build_skeleton
 from vitviz.models.model import load_model
 from vitviz.models.preprocessing import Preprocessing, preprocessing_of
@@ -149,6 +149,19 @@ def test_processor_that_cannot_be_followed_is_refused(
 def test_config_that_is_not_of_transformers_is_left_to_timm(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     assert translation_of(tmp_path) is None
+
+
+def test_model_of_another_kind_is_refused_as_an_object_too() -> None:
+    class Config:
+        model_type = "swin"
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"model_type": "swin"}
+
+    module = torch.nn.Linear(2, 2)
+    module.config = Config()  # type: ignore[assignment]
+    with pytest.raises((ModelError, UnsupportedModelError), match="'swin' is none of the plain"):
+        load_model(module, device="cpu")
 
 
 def test_shape_that_no_size_fits_keeps_its_own_words(tmp_path: Path) -> None:

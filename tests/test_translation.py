@@ -66,6 +66,13 @@ def test_saved_model_gives_the_same_logits(case: SourceCase, tmp_path: Path) -> 
 
 
 @each_case
+def test_model_object_gives_the_same_logits(case: SourceCase) -> None:
+    model = load_model(source(case), device="cpu")
+    assert_same(model, case)
+    assert (model.name, model.weights) == (case.architecture, "given")
+
+
+@each_case
 def test_names_in_memory_are_known_as_well_as_those_of_files(
     case: SourceCase, tmp_path: Path
 ) -> None:
@@ -162,9 +169,9 @@ def by_hand(case: SourceCase) -> tuple[list[oracles.Array], list[oracles.Array],
 @pytest.mark.parametrize("method", ["rollout", "grad-rollout"])
 @pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
 def test_maps_are_those_of_the_formulas_on_transformers_own_attention(
-    case: SourceCase, method: str, tmp_path: Path
+    case: SourceCase, method: str
 ) -> None:
-    model = load_model(str(save(source(case), tmp_path)), device="cpu")
+    model = load_model(source(case), device="cpu")
     options = make_method(method, discard=0.5)
     found = np.asarray(explain_batch(model, case.images(), options).relevance)[:, 0]
     attention, gradients, logits = by_hand(case)
@@ -217,6 +224,30 @@ def assert_same_images(model: Model, case: SourceCase, images: Tensor) -> None:
     expected = outputs(source(case), images)
     with torch.no_grad():
         assert (model.output(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+# Objects
+
+
+def test_object_stays_as_it_was_in_its_own_numbers_and_wrapper() -> None:
+    model = VIT.build().double().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loaded = load_model(nn.DataParallel(model), device="cpu", mean=0.5)
+    assert loaded.dtype is torch.float64
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_object_inside_of_a_module_with_weights_of_its_own_is_refused() -> None:
+    from vitviz.errors import UnsupportedModelError
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit, self.extra = VIT.build(), nn.Linear(7, 3)
+
+    with pytest.raises(UnsupportedModelError, match=r"weights of its own \(extra.weight\)"):
+        load_model(Own(), device="cpu")
 
 
 # Refusals and commands

@@ -37,6 +37,7 @@ from vitviz.models.text import (
     with_text,
 )
 from vitviz.models.tokens import TokenLayout, read_layout
+from vitviz.models.translation import object_config, translate_object
 from vitviz.models.weight_files import WeightFile
 from vitviz.models.wrapping import logits_of, make_ordinary, own_numbers, unwrapped
 from vitviz.options import Fit, Precision, whole
@@ -164,7 +165,8 @@ def load_model(
     Args:
         model: A timm name with or without tag, an alias (``deit_tiny``), ``demo``,
             ``hf-hub:owner/name``, a folder with a config.json, ``package.module:factory``, or a
-            timm model object, compiled or wrapped or not; None: as the file of ``weights`` says.
+            model object of timm or transformers (copied to timm's parts), compiled or wrapped or
+            not; None: as the file of ``weights`` says.
         weights: A checkpoint to use instead of the pretrained weights.
         labels: A file with the names of the classes.
         device: ``auto`` (a model object stays where it is), ``cpu``, ``cuda``, ``cuda:1``,
@@ -292,7 +294,12 @@ def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
     make_ordinary(module)
     if device != "auto":
         module.to(select_device(device))
-    built = LoadedModule(module=module, name=_own_name(module), weights="given")
+    config = object_config(module)
+    notes: tuple[str, ...] = ()
+    if config is not None:
+        module, translation = translate_object(module, config)
+        notes = translation.notes
+    built = LoadedModule(module=module, name=_own_name(module), weights="given", notes=notes)
     try:
         return built, read_layout(module, preprocessing_of(module).size)
     except UnsupportedModelError as error:

@@ -1,4 +1,4 @@
-"""Models of transformers as timm's: from a folder that it saved.
+"""Models of transformers as timm's: from a folder that it saved, or from its model object.
 
 transformers itself is never loaded.
 """
@@ -23,7 +23,9 @@ __all__ = [
     "PROCESSOR_FILE",
     "Translation",
     "is_translatable",
+    "object_config",
     "stated_architecture",
+    "translate_object",
     "translation_of",
 ]
 
@@ -88,6 +90,38 @@ def stated_architecture(folder: Path) -> str:
 def is_translatable(folder: Path) -> bool:
     """Tell whether the config.json of a folder is of transformers."""
     return bool(stated_architecture(folder))
+
+
+def object_config(module: nn.Module) -> dict[str, Any] | None:
+    """Return the config of a model object of transformers; None of any other."""
+    config = getattr(module, "config", None)
+    kind, to_dict = getattr(config, "model_type", None), getattr(config, "to_dict", None)
+    if not isinstance(kind, str) or not callable(to_dict) or kind == "timm_wrapper":
+        return None
+    classes = [each for each in type(module).__mro__ if each.__module__.startswith("transformers.")]
+    return {**to_dict(), "architectures": [each.__name__ for each in classes[:1]]}
+
+
+def translate_object(module: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, Translation]:
+    """Build timm's twin of a model object, with its weights, where they are.
+
+    Args:
+        module: The object.
+        config: From ``object_config``.
+
+    Raises:
+        ModelError: timm's parts do not make it.
+    """
+    name = type(module).__name__
+    translation = _translation(config, {}, {}, f"the config of {name}")
+    twin = translation.build()
+    some = next(module.parameters())
+    tensors = translation.renamed(module.state_dict(), name)
+    try:
+        twin.load_state_dict(translation.state(tensors, twin))
+    except RuntimeError as error:
+        raise ModelError(f"{name} has other tensors than its config says") from error
+    return twin.to(device=some.device, dtype=some.dtype).train(module.training), translation
 
 
 def _translation(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitviz.errors import UnsupportedModelError
 from vitviz.models.structure import blocks_of, patch_embedding
+from vitviz.models.translation import object_config
 
 __all__ = ["logits_of", "make_ordinary", "own_numbers", "unwrapped"]
 
@@ -94,7 +95,7 @@ def _transformers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
     compiled = dict(module.named_children()).get("_orig_mod")  # which answers for its wrapper
     if compiled is not None:
         yield from _transformers(compiled, name)
-    elif blocks_of(module) and patch_embedding(module) is not None:
+    elif object_config(module) or (blocks_of(module) and patch_embedding(module) is not None):
         yield name, module
     else:
         for child, part in module.named_children():
