@@ -10,26 +10,22 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import timm
 import torch
 from torch import nn
 
-import vitviz
 from vitviz.errors import ModelError, OptionError, WeightsError, first_line
 from vitviz.models.adapters import Adapter, merged
 from vitviz.models.checkpoints import mismatch, read_checkpoint
-from vitviz.models.hub import fetch_from_hub, fetch_if_there, require_answer
 from vitviz.models.labels import Labels
+from vitviz.models.locations import folder_weights, local_name, pretrained_source
 from vitviz.models.names import FACTORY
 from vitviz.models.translation import (
-    PROCESSOR_FILE,
     Translation,
-    is_translatable,
     translation_of,
 )
-from vitviz.models.weight_files import INDEX_FILES, WeightFile, find_weights, shards_of
+from vitviz.models.weight_files import WeightFile
 
 __all__ = ["LoadedModule", "build_model", "build_skeleton"]
 
@@ -73,7 +69,7 @@ def build_skeleton(
     """
     if FACTORY.fullmatch(name):
         return _call_factory(name, _size_arguments(img_size, native))
-    local, arguments = _local(name), _size_arguments(img_size, native)
+    local, arguments = local_name(name), _size_arguments(img_size, native)
     try:
         with torch.device("meta"):
             return _create(local, pretrained=False, **arguments).eval()
@@ -117,13 +113,13 @@ def build_model(
     full_name, multi_label = _full_name(name, config), _is_multi_label(config)
     file, notes = weights, list[str]()
     if file is None and config.get("source") == "local-dir":
-        file = WeightFile(_folder_weights(name, Path(config["file"])))
+        file = WeightFile(folder_weights(name, Path(config["file"])))
     if file is None:
         module = _pretrained(name, full_name, config, arguments)
         if adapter is not None:
-            module, notes = _adapted(module, adapter, _local(name), arguments)
+            module, notes = _adapted(module, adapter, local_name(name), arguments)
     else:
-        module, notes = _from_file(file, _local(name), skeleton, arguments, adapter)
+        module, notes = _from_file(file, local_name(name), skeleton, arguments, adapter)
     own = "bundled" if name == "demo" else "pretrained"
     return LoadedModule(
         module=module,
@@ -284,23 +280,6 @@ def _config(module: nn.Module) -> dict[str, Any]:
     return dict(getattr(module, "pretrained_cfg", None) or {})
 
 
-def _local(name: str) -> str:
-    """Return the name that timm needs to build a model without asking the hub."""
-    if name == "demo":
-        return f"local-dir:{Path(vitviz.__file__).parent / 'demo'}"
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} has no config.json; expected a model folder as on the hub")
-    if not name.startswith("hf-hub:"):
-        return name
-    repository = name.removeprefix("hf-hub:")
-    config = fetch_from_hub(repository, "config.json")
-    if is_translatable(config.parent):
-        fetch_if_there(repository, PROCESSOR_FILE)
-    return f"local-dir:{config.parent}"
-
-
 def _resized(path: Path, tensors: Mapping[str, torch.Tensor], skeleton: nn.Module) -> list[str]:
     """Say which position embeddings timm will resize, as it does for another image size.
 
@@ -347,34 +326,11 @@ def _size_arguments(img_size: tuple[int, int] | None, native: bool) -> dict[str,
     return {**arguments, "dynamic_img_size": True} if native else arguments
 
 
-def _folder_weights(name: str, folder: Path) -> Path:
-    """Find the weights of a model folder, or download them to its config.
-
-    They are read as the user's own are, since code may be pickled in them as well.
-    """
-    if name.startswith("hf-hub:"):
-        return _whole(name.removeprefix("hf-hub:"))
-    if found := find_weights(folder):
-        return found
-    raise WeightsError(
-        f"{folder} has no weights (model.safetensors, say); give a file with -m NAME --weights FILE"
-    )
-
-
-def _whole(repository: str) -> Path:
-    """Find the weights of a model on the hub, all shards of them, or download them."""
-    path = fetch_from_hub(repository, None)
-    if path.name in INDEX_FILES:
-        for shard in shards_of(path):
-            fetch_from_hub(repository, shard)
-    return path
-
-
 def _pretrained(
     name: str, full_name: str, config: Mapping[str, Any], arguments: dict[str, Any]
 ) -> nn.Module:
     """Build a model with the weights that timm knows for it."""
-    source = _pretrained_source(config, full_name)
+    source = pretrained_source(config, full_name)
     try:
         return _create(name, pretrained=True, **source, **arguments)
     except (OSError, HTTPException) as error:  # timm downloads from an address by itself
@@ -382,27 +338,6 @@ def _pretrained(
             f"weights of {full_name} could not be had ({first_line(error)}); try again, or give "
             f"your own file with -m {full_name} --weights FILE"
         ) from error
-
-
-def _pretrained_source(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Say where timm finds the pretrained weights: a file in the hub's cache where it can be."""
-    if config.get("file"):
-        return {}
-    repository = config.get("hf_hub_id")
-    if not repository and not config.get("url"):
-        raise WeightsError(
-            f"{name} has no pretrained weights; give your own file with -m {name} --weights FILE"
-        )
-    if not repository:
-        url = str(config["url"])
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
-        if not cached.is_file():
-            require_answer(url, name)
-        return {}
-    file = fetch_from_hub(str(repository), config.get("hf_hub_filename"))
-    if config.get("custom_load") == "hf":
-        return {}  # a format of its own, which timm reads from the cache
-    return {"pretrained_cfg_overlay": {"file": str(file), "source": ""}}
 
 
 def _head_size(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:

@@ -169,8 +169,7 @@ def load_model(
             not; None: as the file of ``weights`` says.
         weights: A checkpoint to use instead of the pretrained weights.
         labels: A file with the names of the classes.
-        device: ``auto`` (a model object stays where it is), ``cpu``, ``cuda``, ``cuda:1``,
-            ``mps``; a model object is moved in place.
+        device: ``auto`` (an object stays where it is), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         fit: ``native`` builds the model so that it takes images of any aspect ratio.
         img_size: Side or (height, width) to build the model for, instead of its own.
         mean: Subtracted from pixels in [0, 1], one number or one a channel, instead of its own.
