@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from vitviz.errors import OptionError
 from vitviz.methods.method import Method, TokenMap, option
+from vitviz.methods.patch import read_patch, require_on_grid
 from vitviz.options import HeadFusion
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.methods.forward import ForwardPass, Target
 
 __all__ = ["RawAttention"]
-
-
-def _patch(word: str) -> tuple[int, int]:
-    """Read "3,5" (row, column)."""
-    places = re.fullmatch(r"(\d+),(\d+)", word)
-    if not places:
-        raise OptionError(f"--query is {word!r}; give the ROW,COL of a patch, like 3,5")
-    return int(places[1]), int(places[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +37,7 @@ class RawAttention(Method):
         doc="(row, col) of the patch whose attention is wanted; None: the tokens that the model's "
         "head reads.",
         metavar="ROW,COL",
-        parse=_patch,
+        parse=partial(read_patch, "--query"),
     )
 
     def __post_init__(self) -> None:
@@ -63,13 +56,8 @@ class RawAttention(Method):
 
     def require_grid(self, grid: tuple[int, int]) -> None:
         """Make sure that the patch is on the grid; raises ``OptionError``."""
-        if self.query is None:
-            return
-        if not all(0 <= place < side for place, side in zip(self.query, grid, strict=True)):
-            raise OptionError(
-                f"--query is {self.query[0]},{self.query[1]}, but this makes {grid[0]} × {grid[1]} "
-                f"patches; give ROW,COL from 0,0 to {grid[0] - 1},{grid[1] - 1}"
-            )
+        if self.query is not None:
+            require_on_grid("--query", self.query, grid)
 
     def compute(self, forward: ForwardPass, target: Target | None) -> TokenMap:
         """Compute wᵀA (batch, blocks, heads, tokens) of each head of each block."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vitviz.errors import OptionError
 from vitviz.methods.method import Method, TokenMap, option
+from vitviz.methods.patch import read_patch, require_on_grid
 from vitviz.options import Foreground
 
 if TYPE_CHECKING:  # these load NumPy or torch
@@ -19,14 +20,6 @@ if TYPE_CHECKING:  # these load NumPy or torch
     from vitviz.models.model import Model
 
 __all__ = ["Features", "Reference", "Similarity"]
-
-
-def _patch(word: str) -> tuple[int, int]:
-    """Read "3,5" (row, column)."""
-    places = re.fullmatch(r"(\d+),(\d+)", word)
-    if not places:
-        raise OptionError(f"--patch is {word!r}; give its ROW,COL, like 3,5")
-    return int(places[1]), int(places[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +125,7 @@ class Similarity(_OfBlock):
         "The patch of IMAGE that all patches are compared with.",
         doc="(row, col) of the patch that all patches are compared with.",
         metavar="ROW,COL",
-        parse=_patch,
+        parse=partial(read_patch, "--patch"),
     )
     reference: Reference | None = field(default=None, compare=False)
 
@@ -156,11 +149,7 @@ class Similarity(_OfBlock):
     def require_patch(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Return the patch, if it is on a grid; raises ``OptionError``."""
         assert self.patch is not None
-        if not all(0 <= place < side for place, side in zip(self.patch, grid, strict=True)):
-            raise OptionError(
-                f"--patch is {self.patch[0]},{self.patch[1]}, but this makes {grid[0]} × {grid[1]} "
-                f"patches; give ROW,COL from 0,0 to {grid[0] - 1},{grid[1] - 1}"
-            )
+        require_on_grid("--patch", self.patch, grid)
         return self.patch
 
     def compute(self, forward: ForwardPass, target: Target | None) -> TokenMap:
@@ -170,8 +159,7 @@ class Similarity(_OfBlock):
 
         tokens = self.normed(forward)
         if self.reference is None:
-            row, col = self.require_patch(forward.grid)
-            own = forward.layout.prefix_tokens + row * forward.grid[1] + col
+            own = forward.token_of(self.require_patch(forward.grid))
             compared = tokens[:, own : own + 1]
         else:
             compared = torch.from_numpy(self.reference.vector).to(tokens)

@@ -67,9 +67,12 @@ class ForwardPass:
     def row_of(self, patch: tuple[int, int]) -> Tensor:
         """Return the w (batch, tokens) that reads one patch (row, col) alone."""
         batch, _, _, tokens = self.blocks[-1].shape
-        token = self.layout.prefix_tokens + patch[0] * self.grid[1] + patch[1]
-        row = torch.eye(tokens, device=self.device, dtype=self.dtype)[token]
+        row = torch.eye(tokens, device=self.device, dtype=self.dtype)[self.token_of(patch)]
         return row.expand(batch, tokens)
+
+    def token_of(self, patch: tuple[int, int]) -> int:
+        """Return the position of a patch (row, col) among the tokens."""
+        return self.layout.prefix_tokens + patch[0] * self.grid[1] + patch[1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

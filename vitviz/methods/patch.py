@@ -1,0 +1,34 @@
+"""One patch of an image, as users name it: read, and looked for on a grid."""
+
+from __future__ import annotations
+
+import re
+
+from vitviz.errors import OptionError
+
+__all__ = ["read_patch", "require_on_grid"]
+
+
+def read_patch(option: str, word: str) -> tuple[int, int]:
+    """Read "3,5" (row, column).
+
+    Raises:
+        OptionError: It is no such word.
+    """
+    places = re.fullmatch(r"(\d+),(\d+)", word)
+    if not places:
+        raise OptionError(f"{option} is {word!r}; give its ROW,COL among the patches, like 3,5")
+    return int(places[1]), int(places[2])
+
+
+def require_on_grid(option: str, patch: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Make sure that a patch (row, col) is on a grid of (rows, cols).
+
+    Raises:
+        OptionError: It is not.
+    """
+    if not all(0 <= place < side for place, side in zip(patch, grid, strict=True)):
+        raise OptionError(
+            f"{option} is {patch[0]},{patch[1]}, but this makes {grid[0]} × {grid[1]} patches; "
+            f"give ROW,COL from 0,0 to {grid[0] - 1},{grid[1] - 1}"
+        )
