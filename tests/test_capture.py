@@ -284,7 +284,7 @@ def test_output_is_bit_identical_under_capture(case: TinyCase, first_gradient: i
     with torch.no_grad():
         plain = model(case.images())
     with (
-        AttentionCapture(model, first_gradient=first_gradient),
+        AttentionCapture(model, first_gradient=first_gradient, projections=True),
         torch.set_grad_enabled(first_gradient is not None),
     ):
         captured = model(case.images())
@@ -551,7 +551,10 @@ def test_graph_begins_at_the_first_call_asked_for(first_gradient: int | None) ->
     """What comes before holds neither graph nor values: a waste of memory on a large model."""
     model = PLAIN.build()
     first = 4 if first_gradient is None else first_gradient
-    with AttentionCapture(model, first_gradient=first_gradient) as capture, torch.enable_grad():
+    with (
+        AttentionCapture(model, first_gradient=first_gradient, projections=True) as capture,
+        torch.enable_grad(),
+    ):
         logits = model(PLAIN.images(1))
         records = capture.take(4)
     assert logits.requires_grad == (first < 4)

@@ -78,7 +78,9 @@ def _assert_same_forward(model: nn.Module, images: Tensor, rule: AttentionRule) 
         plain = _seen(model, images)
     for first_gradient in (None, 1):
         with (
-            AttentionCapture(model, first_gradient=first_gradient, blocks=blocks_of(model)),
+            AttentionCapture(
+                model, first_gradient=first_gradient, projections=True, blocks=blocks_of(model)
+            ),
             torch.enable_grad(),
             LinearizedBackward(rule),
         ):

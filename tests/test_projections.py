@@ -182,7 +182,10 @@ def test_hook_that_changes_a_projection_is_part_of_it() -> None:
 def test_plain_projection_is_taken_as_it_is() -> None:
     """To the bit: nothing is computed where the weight of one layer is all there is."""
     model = _model()
-    with AttentionCapture(model, first_gradient=0) as capture, torch.enable_grad():
+    with (
+        AttentionCapture(model, first_gradient=0, projections=True) as capture,
+        torch.enable_grad(),
+    ):
         model(PLAIN.images())
         records = capture.take()
     for block, record in zip(model.blocks, records, strict=True):

@@ -174,6 +174,7 @@ def _captured(model: Model, method: Method) -> Iterator[AttentionCapture]:
     with AttentionCapture(
         model.module,
         first_gradient=method.first_block if method.needs_attention_gradients else None,
+        projections=method.weighs_values,
         blocks=blocks if method.needs_block_inputs else blocks[-1:],
     ) as capture:
         yield capture

@@ -150,6 +150,11 @@ class Method(ABC):
         return 0
 
     @property
+    def weighs_values(self) -> bool:
+        """Whether the matrix that joins the heads of each block must be found."""
+        return False
+
+    @property
     def backward_rule(self) -> AttentionRule | None:
         """How a linearised backward pass treats attention; None: the true gradients are used."""
         return None

@@ -69,6 +69,11 @@ class Relevance(ClassMethod):
         return self.start_layer or 0
 
     @property
+    def weighs_values(self) -> bool:
+        """The classic form does not."""
+        return not self.classic
+
+    @property
     def backward_rule(self) -> AttentionRule | None:
         """The values alone pass relevance on; the classic form uses true gradients."""
         return None if self.classic else AttentionRule.VALUE

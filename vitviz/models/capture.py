@@ -50,6 +50,7 @@ class AttentionCapture:
         module: nn.Module,
         *,
         first_gradient: int | None = None,
+        projections: bool = False,
         blocks: Sequence[nn.Module] = (),
         on_record: Callable[[Attention], None] | None = None,
         isolate: bool = False,
@@ -59,6 +60,7 @@ class AttentionCapture:
         Args:
             module: The model.
             first_gradient: From this call on, outputs can be differentiated through; None: never.
+            projections: With a ``first_gradient``, also find what joins the heads of each call.
             blocks: Blocks before, between and after which the tokens are kept too; without a
                 ``first_gradient``, they can be differentiated through.
             on_record: Takes each record at once, instead of keeping it for ``take``.
@@ -66,7 +68,9 @@ class AttentionCapture:
         """
         self._module = module
         self._first_gradient = first_gradient
+        self._projections = projections and first_gradient is not None
         self._blocks = blocks
+        self._whole_blocks = frozenset(blocks_of(module))
         self._isolate = isolate
         self._on_record = on_record
         self._of_thread = threading.local()
@@ -82,8 +86,8 @@ class AttentionCapture:
                 stack.callback(block.register_forward_pre_hook(self._enter_block).remove)
             for block in self._blocks[-1:]:
                 stack.callback(block.register_forward_hook(self._leave_blocks).remove)
-            # Values are weighed with what the module that attends does to them until it ends.
-            for module in self._module.modules() if self._first_gradient is not None else ():
+            # Heads are joined by what the module that attends does to them until it ends.
+            for module in self._module.modules() if self._projections else ():
                 stack.callback(module.register_forward_pre_hook(self._begin_module).remove)
                 stack.callback(module.register_forward_hook(self._end_module).remove)
             stack.enter_context(self.recording())
@@ -180,8 +184,7 @@ class AttentionCapture:
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
             )
         )
-        if self._is_recording:
-            self._of_thread.joining = None if differentiable is None else Joining(differentiable)
+        self._follow(differentiable)
         return output
 
     def _record_given(self, module: nn.Module, inputs: object, attention: Tensor) -> Tensor | None:
@@ -200,7 +203,12 @@ class AttentionCapture:
         last = self._records[-1] if self._records else None
         if isinstance(last, MaterializedAttention) and attention is last.output:
             self._records[-1] = replace(last, value=other.detach())
-            self._of_thread.joining = Joining(product)
+            self._follow(product)
+
+    def _follow(self, output: Tensor | None) -> None:
+        """Begin to follow what a call gives, to find what its heads are joined with."""
+        if self._projections and self._is_recording:
+            self._of_thread.joining = None if output is None else Joining(output)
 
     def _record_layer(
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, product: Tensor
@@ -224,8 +232,7 @@ class AttentionCapture:
         self._of_thread.joining = None
         given = output[0] if isinstance(output, tuple) and output else output
         if isinstance(given, Tensor):
-            whole = any(module is block for block in blocks_of(self._module))
-            matrix = joining.matrix(given, with_residual=whole)
+            matrix = joining.matrix(given, with_residual=module in self._whole_blocks)
             self._records[-1] = replace(self._records[-1], projection=matrix)
 
     def _keep(self, record: Attention) -> None:
