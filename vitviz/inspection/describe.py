@@ -16,6 +16,7 @@ from vitviz.inspection.trace import trace_model
 from vitviz.inspection.traced import TracedModel
 from vitviz.models.catalogue import support_of
 from vitviz.models.preprocessing import preprocessing_of
+from vitviz.models.structure import pretrained_config
 
 __all__ = ["describe"]
 
@@ -61,8 +62,7 @@ def describe(
 
 
 def _input_shape(module: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, int, int]:
-    config = getattr(module, "pretrained_cfg", None) or {}
-    channels = int((config.get("input_size") or (3,))[0])
+    channels = int((pretrained_config(module).get("input_size") or (3,))[0])
     # A model may be built for another size than its config says (build_skeleton with img_size).
     built = getattr(getattr(module, "patch_embed", None), "img_size", None)
     if isinstance(built, (tuple, list)) and len(built) == 2:

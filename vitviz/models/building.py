@@ -21,10 +21,8 @@ from vitviz.models.checkpoints import mismatch, read_checkpoint
 from vitviz.models.labels import Labels
 from vitviz.models.locations import folder_weights, local_name, pretrained_source
 from vitviz.models.names import FACTORY
-from vitviz.models.translation import (
-    Translation,
-    translation_of,
-)
+from vitviz.models.structure import pretrained_config
+from vitviz.models.translation import Translation, translation_of
 from vitviz.models.weight_files import WeightFile
 
 __all__ = ["LoadedModule", "build_model", "build_skeleton"]
@@ -109,7 +107,7 @@ def build_model(
     if FACTORY.fullmatch(name):
         return _finish_factory(name, skeleton, weights, adapter)
     arguments = _size_arguments(img_size, native)
-    config = _config(skeleton)
+    config = pretrained_config(skeleton)
     full_name, multi_label = _full_name(name, config), _is_multi_label(config)
     file, notes = weights, list[str]()
     if file is None and config.get("source") == "local-dir":
@@ -149,7 +147,7 @@ def _from_file(
     said = [checkpoint.unwrapped, *_resized(path, checkpoint.tensors, skeleton)]
     notes = [f"{path}: {each}" for each in said if each]
     tensors, more = _with_adapter(checkpoint.tensors, adapter)
-    return _filled(path, tensors, name, _config(skeleton), arguments), notes + more
+    return _filled(path, tensors, name, pretrained_config(skeleton), arguments), notes + more
 
 
 def _adapted(
@@ -157,7 +155,7 @@ def _adapted(
 ) -> tuple[nn.Module, list[str]]:
     """Build a pretrained model anew with an adapter, which may bring another number of classes."""
     tensors, notes = _with_adapter(module.state_dict(), adapter)
-    return _filled(adapter.path, tensors, name, _config(module), arguments), notes
+    return _filled(adapter.path, tensors, name, pretrained_config(module), arguments), notes
 
 
 def _with_adapter(
@@ -228,7 +226,7 @@ def _translation(name: str) -> Translation | None:
 
 def _misfit(path: Path, tensors: Mapping[str, torch.Tensor], expected: nn.Module) -> WeightsError:
     return WeightsError(
-        f"{path} does not fit {_config(expected).get('architecture', 'the model')}: "
+        f"{path} does not fit {pretrained_config(expected).get('architecture', 'the model')}: "
         f"{mismatch(tensors, expected)}; name the model that it was trained as with -m"
     )
 
@@ -274,10 +272,6 @@ def _finish_factory(
     return LoadedModule(
         module=module, name=name, weights=_origin(origin, adapter), notes=(*notes, *more)
     )
-
-
-def _config(module: nn.Module) -> dict[str, Any]:
-    return dict(getattr(module, "pretrained_cfg", None) or {})
 
 
 def _resized(path: Path, tensors: Mapping[str, torch.Tensor], skeleton: nn.Module) -> list[str]:

@@ -29,7 +29,7 @@ from vitviz.models.preprocessing import (
 from vitviz.models.prompts import embed_prompts, phrases, require_open_clip
 from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.record import ModelRecord, versions
-from vitviz.models.structure import has_classifier, input_channels
+from vitviz.models.structure import has_classifier, input_channels, pretrained_config
 from vitviz.models.text import (
     TextEmbeddings,
     read_text_embeddings,
@@ -369,19 +369,18 @@ def _proved(
 
 def _full_name(module: nn.Module) -> str:
     """Return timm's name of a model, with the tag of its config."""
-    tag = (getattr(module, "pretrained_cfg", None) or {}).get("tag")
+    tag = pretrained_config(module).get("tag")
     return _own_name(module) + (f".{tag}" if tag else "")
 
 
 def _own_name(module: nn.Module) -> str:
-    config = getattr(module, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(module).__name__)
+    return str(pretrained_config(module).get("architecture") or type(module).__name__)
 
 
 def _labels(module: nn.Module, num_classes: int, path: Path | None) -> Labels:
     if path is not None:
         return read_labels(path, num_classes)
-    config: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
+    config = pretrained_config(module)
     names, described = config.get("label_names"), config.get("label_descriptions")
     usable = isinstance(names, (list, tuple)) and all(map(is_label, names))
     if usable and names and len(names) == num_classes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "patch_embedding",
     "patch_grid",
     "patch_size",
+    "pretrained_config",
     "token_norm",
     "trunk",
 ]
@@ -138,8 +140,13 @@ def input_channels(module: nn.Module) -> int:
     rows, cols = patch_size(module)
     if flat is not None and flat.in_features % (rows * cols) == 0:  # patches laid out in a row
         return flat.in_features // (rows * cols)
-    config = getattr(module, "pretrained_cfg", None) or {}
-    return int(config.get("input_size", (3,))[0])
+    return int(pretrained_config(module).get("input_size", (3,))[0])
+
+
+def pretrained_config(module: nn.Module) -> Mapping[str, Any]:
+    """Return what timm keeps of where a model's weights are from; empty where it keeps nothing."""
+    config: Mapping[str, Any] | None = getattr(module, "pretrained_cfg", None)
+    return config or {}
 
 
 def has_classifier(module: nn.Module) -> bool:
