@@ -104,6 +104,28 @@ def test_processor_within_the_file_of_a_pair_is_found(tmp_path: Path) -> None:
 BEIT = {"model_type": "beit", "architectures": ["BeitForImageClassification"]}
 DINOV3 = {"model_type": "dinov3_vit", "architectures": ["DINOv3ViTModel"]}
 SIGLIP = {"model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"]}
+SIZES = tuple(CONFIG)[2:] + ("num_channels", "layer_norm_eps", "hidden_act")
+_GATED = ("mlp_ratio", "use_swiglu_ffn", "num_register_tokens")
+KEYS: dict[str, tuple[str, ...]] = {
+    "vit": ("qkv_bias", "num_labels"),
+    "deit": ("qkv_bias",),
+    "ijepa": ("qkv_bias",),
+    "dinov2": _GATED,
+    "dinov2_with_registers": _GATED,
+    "beit": (
+        "use_absolute_position_embeddings",
+        "use_relative_position_bias",
+        "use_shared_relative_position_bias",
+        "layer_scale_init_value",
+        "use_mean_pooling",
+    ),
+    "dinov3_vit": (
+        *("rope_theta", "num_register_tokens", "use_gated_mlp"),
+        *("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"),
+    ),
+    "clip": ("projection_dim",),
+    "siglip": ("vision_use_head",),
+}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "swin"}, "'swin' is none of the plain.*it knows vit, deit, "),
     ({"architectures": ["ViTForMaskedImageModeling"]}, "no classifier and no bare encoder"),
@@ -111,10 +133,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"architectures": None}, "vit without a class is no classifier"),
     ({"hidden_act": "selu"}, "hidden_act is 'selu'; expected one of gelu"),
     ({"hidden_size": 50}, "hidden_size 50 is no multiple of num_attention_heads 3"),
-    ({"hidden_size": "wide"}, "config.json describes no ViTForImageClassification that timm"),
-    ({"id2label": ["cat"]}, "config.json describes no ViTForImageClassification that timm"),
-    ({"patch_size": 0}, "config.json describes no"),
-    ({"image_size": None}, "config.json describes no"),
+    ({"architectures": [1]}, "vit without a class is no classifier"),
+    ({"id2label": ["cat"]}, r"id2label is \['cat'\]; expected a name for each class, counted"),
+    ({"id2label": {"1": "cat", "2": "dog"}}, r"id2label is \{'1': 'cat', '2': 'dog'\}; expected"),
+    ({"id2label": {"one": "cat"}}, "expected a name for each class"),
+    ({"num_labels": -1}, "num_labels is -1; expected a whole number"),
+    ({"num_channels": 4}, r"num_channels is 4; expected 3 \(colours\) or 1"),
+    (
+        {"image_size": [32, 4]},
+        r"image_size \(32, 4\) has no room for a patch of patch_size \(8, 8\)",
+    ),
+    ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; expected a whole number"),
+    ({"intermediate_size": "9" * 10**5}, r"intermediate_size is '9{9,}\.\.\.9+'; expected a whole"),
     ({**BEIT, "hidden_act": "relu"}, "'relu', and timm's module for beit has gelu alone"),
     ({**BEIT, "image_size": [32, 48], "use_relative_position_bias": True}, "rows and columns"),
     ({**DINOV3, "key_bias": True}, "key_bias is true; timm's module has none"),
@@ -129,20 +159,59 @@ def test_config_that_timms_parts_cannot_follow_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ModelError, match=reason) as caught:
         load_model(str(write(tmp_path, PLAIN, **changes)), device="cpu")
+    assert str(caught.value).startswith(f"{tmp_path}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_every_value_of_another_kind_is_refused_by_its_name(kind: str, tmp_path: Path) -> None:
+    architecture = "ViTForImageClassification" if kind == "vit" else "SomeModel"
+    about = {"model_type": kind, "architectures": [architecture]}
+    for key in (*SIZES, *KEYS[kind]):
+        for odd in (None, "x", -1, [], {}, 1e99, float("nan"), [32, 32, 32], 10**12):
+            inner = {**CONFIG, key: odd}
+            config = {"vision_config": inner} if kind in ("clip", "siglip") else inner
+            write(tmp_path, PLAIN, **{**config, **about})
+            with pytest.raises(ModelError, match=rf"^{tmp_path}: .*\b{key} is ") as caught:
+                translation_of(tmp_path)
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tower", ["x", [1], 7], ids=str)
+def test_tower_that_is_no_config_is_refused(tower: object, tmp_path: Path) -> None:
+    write(tmp_path, model_type="clip", architectures=["CLIPModel"], vision_config=tower)
+    with pytest.raises(ModelError, match=r"vision_config is .*; expected the config of a tower"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_giant_that_a_config_promises_is_not_built(tmp_path: Path) -> None:
+    write(tmp_path, PLAIN, intermediate_size=10**6, hidden_size=3 * 10**5)
+    save_file({"vit.layernorm.weight": torch.ones(48)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"model.safetensors does not fit ViTForImage"):
+        load_model(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize(
     "processor",
     [{"size": "large"}, {"size": {"height": 3}, "crop_size": "x", "do_center_crop": True},
-     {"resample": 17}, {"image_mean": "grey"}, {"rescale_factor": 0}],
+     {"resample": 17}, {"image_mean": "grey"}, {"rescale_factor": 0}, {"size": 7}, {"size": -1},
+     {"image_std": [0, 1, 1]}, {"image_mean": [0.5]}, {"image_mean": [float("nan")] * 3},
+     {"size": {"height": 10**12, "width": 32}}],
     ids=str,
 )  # fmt: skip
 def test_processor_that_cannot_be_followed_is_refused(
     processor: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="preprocessor_config.json is none that vitviz can"):
+    about = rf"^{tmp_path}: preprocessor_config.json is none that vitviz can"
+    with pytest.raises(ModelError, match=about):
         load_model(str(write(tmp_path, processor)), device="cpu")
+
+
+@pytest.mark.parametrize("text", ["", "{nope", "[1]", "{}", "[" * 100_000])
+def test_processor_that_cannot_be_read_is_not_taken_for_none(text: str, tmp_path: Path) -> None:
+    (write(tmp_path) / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"preprocessor_config.json holds no settings"):
+        load_model(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"architecture": "test_vit", "model_type": "vit"}'])

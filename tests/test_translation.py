@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import oracles
@@ -19,8 +21,10 @@ from fixtures_methods import make_method
 from fixtures_transformers import CASES, CLASSES, SourceCase, outputs, source, transformers
 from vitviz.errors import WeightsError
 from vitviz.explaining.batch import explain_batch
+from vitviz.models.checkpoints import mismatch
 from vitviz.models.model import Model, load_model
 from vitviz.models.tokens import Readout
+from vitviz.models.translation import object_config, translation_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -251,6 +255,43 @@ def test_object_inside_of_a_module_with_weights_of_its_own_is_refused() -> None:
 
 
 # Refusals and commands
+
+ODD_SHAPES = ((), (0,), (1,), (3,), (47, 5), (0, 48), (1, 1, 1, 1, 1))
+
+
+@each_case
+def test_tensor_of_any_odd_shape_is_named_with_its_place(case: SourceCase, tmp_path: Path) -> None:
+    config = object_config(source(case))
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    translation = translation_of(tmp_path)
+    assert translation is not None
+    with torch.device("meta"):
+        skeleton = translation.build()
+    state = dict(source(case).state_dict())
+    assert not mismatch(translation.state(translation.renamed(state, "w"), skeleton), skeleton)
+    read = [name for name in state if translation.renamed({name: 0}, "w")]
+    first = [name for name in read if ".1." not in name and ".2." not in name]
+    for name, shape in itertools.product(first, ODD_SHAPES):
+        if shape != state[name].shape and state[name].numel():
+            odd = translation.renamed({**state, name: torch.ones(shape)}, "w")
+            assert mismatch(translation.state(odd, skeleton), skeleton), (name, shape)
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip-bare", "deit-one-head"])
+@pytest.mark.parametrize("odd", ["qkv", "scalars", "none"])
+def test_file_of_odd_tensors_ends_in_one_line(name: str, odd: str, tmp_path: Path) -> None:
+    save(source(BY_NAME[name]), tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    if odd == "none":
+        state = {}
+    for each in state:
+        if odd == "scalars" or "query" in each or "q_proj" in each:
+            state[each] = torch.ones(())
+    save_file(state, file)
+    with pytest.raises(WeightsError, match=rf"^{file} ") as caught:
+        load_model(str(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:

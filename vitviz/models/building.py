@@ -142,7 +142,7 @@ def _from_file(
                 f"--adapter {adapter.path} cannot be merged into a model of transformers; merge it "
                 "with PEFT's merge_and_unload, and save that"
             )
-        return _from_translated_file(file, translation, arguments)
+        return _from_translated_file(file, translation, skeleton, arguments)
     path, checkpoint = file.path, read_checkpoint(file, skeleton)
     said = [checkpoint.unwrapped, *_resized(path, checkpoint.tensors, skeleton)]
     notes = [f"{path}: {each}" for each in said if each]
@@ -203,16 +203,15 @@ def _filled(
 
 
 def _from_translated_file(
-    file: WeightFile, translation: Translation, arguments: dict[str, Any]
+    file: WeightFile, translation: Translation, skeleton: nn.Module, arguments: dict[str, Any]
 ) -> tuple[nn.Module, list[str]]:
-    """Do the same for the weights of a model of transformers."""
+    """Do the same for the weights of a model of transformers, which are as many as it says."""
+    checkpoint = read_checkpoint(file, skeleton, translation.renamed)
+    state = translation.state(checkpoint.tensors, skeleton)
+    if mismatch(state, skeleton):
+        raise _misfit(file.path, state, skeleton)
     module = translation.build(**arguments)
-    checkpoint = read_checkpoint(file, module, translation.renamed)
-    state = translation.state(checkpoint.tensors, module)
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise _misfit(file.path, state, module) from error
+    module.load_state_dict(state)
     resized = translation.resized(checkpoint.tensors, module)
     said = [checkpoint.unwrapped, resized, *translation.notes]
     return module, [f"{file.path}: {each}" for each in said if each]
@@ -225,9 +224,10 @@ def _translation(name: str) -> Translation | None:
 
 
 def _misfit(path: Path, tensors: Mapping[str, torch.Tensor], expected: nn.Module) -> WeightsError:
+    difference = mismatch(tensors, expected) or "the tensors do not fit"
     return WeightsError(
         f"{path} does not fit {pretrained_config(expected).get('architecture', 'the model')}: "
-        f"{mismatch(tensors, expected)}; name the model that it was trained as with -m"
+        f"{difference}; name the model that it was trained as with -m"
     )
 
 

@@ -68,7 +68,7 @@ def read_checkpoint(
 
 
 def mismatch(tensors: Mapping[str, Tensor], module: nn.Module) -> str:
-    """Name the first missing, unexpected and mis-shaped keys of a checkpoint, in one clause."""
+    """Name the first missing, unexpected and mis-shaped keys of a checkpoint; empty if all fit."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
@@ -82,7 +82,7 @@ def mismatch(tensors: Mapping[str, Tensor], module: nn.Module) -> str:
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shaped))
         if keys
     ]
-    return ", ".join(parts) or "the tensors do not fit"
+    return ", ".join(parts)
 
 
 def require_finite(module: nn.Module, origin: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitviz.errors import ModelError
-from vitviz.models.plans import Plan, parts, plain, ratio, require_gelu, sides
+from vitviz.models.plans import Plan, parts, plain, ratio, require_gelu, require_kinds, sides
 from vitviz.models.twofold import TwofoldVisionTransformer
 
-__all__ = ["class_count", "plan_of"]
+__all__ = ["class_names", "plan_of"]
 
 
 Config = Mapping[str, Any]
@@ -25,6 +26,7 @@ Config = Mapping[str, Any]
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+_CLASSES = 2  # that transformers has where a config says nothing
 # What a config leaves out is what transformers' config classes say.
 _SIZES = {
     "hidden_size": 768,
@@ -62,17 +64,44 @@ def plan_of(config: Config, architecture: str) -> Plan:
             f"encoder; expected a name that ends in {' or '.join(_ANSWERS)}"
         )
     defaults, family = _FAMILIES[kind]
-    own = config.get("vision_config", config) if kind in ("clip", "siglip") else config
-    merged = {**_SIZES, **defaults, **own}
-    width, heads = merged["hidden_size"], merged["num_attention_heads"]
+    own = config.get("vision_config") or {} if kind in ("clip", "siglip") else config
+    if not isinstance(own, Mapping):
+        raise ModelError(f"vision_config is {reprlib.repr(own)}; expected the config of a tower")
+    merged = {**_SIZES, **defaults, **own, "model_type": kind}
+    require_kinds(merged, {**_SIZES, **defaults})
+    _require_sizes(merged)
+    return family(merged, _Asked(architecture, len(class_names(config))))
+
+
+def class_names(config: Config) -> list[str]:
+    """Return the names of classes in the order of the logits, empty ones where there are none.
+
+    Raises:
+        ModelError: There are some, but not for each.
+    """
+    named = config.get("id2label")
+    if not named:
+        count = config.get("num_labels", _CLASSES)
+        require_kinds({"num_labels": count}, {"num_labels": _CLASSES})
+        return [""] * count
+    names = {str(key): name for key, name in named.items()} if isinstance(named, Mapping) else {}
+    if names.keys() != set(map(str, range(len(names)))) or not names:
+        raise ModelError(
+            f"id2label is {reprlib.repr(named)}; expected a name for each class, counted from 0"
+        )
+    return [str(names[str(index)]) for index in range(len(names))]
+
+
+def _require_sizes(config: Config) -> None:
+    """Make sure that sizes go with each other, and that images are pictures."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
     if width % heads:
         raise ModelError(f"hidden_size {width} is no multiple of num_attention_heads {heads}")
-    return family(merged, _Asked(architecture, class_count(config)))
-
-
-def class_count(config: Config) -> int:
-    """Count the classes of a config; transformers has two where it says nothing."""
-    return len(config["id2label"]) if config.get("id2label") else int(config.get("num_labels", 2))
+    if config["num_channels"] not in (1, 3):
+        raise ModelError(f"num_channels is {config['num_channels']}; expected 3 (colours) or 1")
+    image, patch = sides(config["image_size"]), sides(config["patch_size"])
+    if image[0] < patch[0] or image[1] < patch[1]:
+        raise ModelError(f"image_size {image} has no room for a patch of patch_size {patch}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +149,7 @@ def _ijepa(config: Config, asked: _Asked) -> Plan:
 def _dinov2(config: Config, asked: _Asked) -> Plan:
     """A classifier reads the class token beside the average; registers have no positions."""
     hidden = int(config["hidden_size"] * config["mlp_ratio"])
-    registers = int(config.get("num_register_tokens", 0))
+    registers = config["num_register_tokens"]
     arguments = {**plain({**config, "intermediate_size": hidden}), "init_values": 1.0}
     if config["use_swiglu_ffn"]:
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
@@ -287,7 +316,12 @@ _CLIP_VISION = {
     "projection_dim": 512,
 }
 _SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": True}
-_DINOV2 = {"mlp_ratio": 4, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
+_DINOV2 = {
+    "mlp_ratio": 4.0,
+    "layer_norm_eps": 1e-6,
+    "use_swiglu_ffn": False,
+    "num_register_tokens": 0,
+}
 _FAMILIES: dict[str, tuple[dict[str, Any], Callable[[Config, _Asked], Plan]]] = {
     "vit": ({}, _vit),
     "deit": ({}, _deit),

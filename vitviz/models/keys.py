@@ -73,6 +73,8 @@ def renamed(content: Mapping[Any, Any], plan: Plan, origin: str, depth: int = 0)
 def state_of(tensors: Mapping[str, Tensor], plan: Plan, module: nn.Module) -> dict[str, Tensor]:
     """Bring tensors under timm's names to its forms: joined, shaped, resized.
 
+    Those of odd shapes stay as they are, to be named where they are compared with the module's.
+
     Args:
         tensors: By timm's name.
         plan: By which the module was built.
@@ -81,11 +83,11 @@ def state_of(tensors: Mapping[str, Tensor], plan: Plan, module: nn.Module) -> di
     expected = module.state_dict()
     state = _joined(tensors, expected)
     _split_pooling(state)
-    for name in ("cls_token", "pos_embed"):
-        if name in state:  # CLIP's have fewer axes
-            state[name] = state[name].reshape(1, -1, state[name].shape[-1])
+    alike = {n for n in expected.keys() & state.keys() if _width(state[n]) == _width(expected[n])}
+    for name in alike & {"cls_token", "pos_embed"}:  # CLIP's have fewer axes
+        state[name] = state[name].reshape(1, -1, state[name].shape[-1])
     grid, before = _grid(module), plan.grid
-    for name in expected.keys() & state.keys():
+    for name in sorted(alike):
         if name == "pos_embed":
             _place(state, grid, before, expected[name].shape[1] - math.prod(grid), plan)
         elif name.endswith("relative_position_bias_table"):
@@ -126,18 +128,25 @@ def _joined(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> di
         home, _, leaf = name.rpartition(".")
         for whole, parts in _JOINS.items():
             names = [f"{home.removesuffix(whole)}{part}.{leaf}" for part in parts]
-            if home.endswith(whole) and all(each in state for each in names):
+            if not home.endswith(whole) or not all(each in state for each in names):
+                continue
+            shapes = [state[each].shape for each in names]
+            if all(shapes) and len({(len(shape), *shape[1:]) for shape in shapes}) == 1:
                 state[name] = torch.cat([state.pop(each) for each in names])
     # Where keys have no bias (BEiT, DINOv3), timm's two others stand apart.
     return {re.sub(r"\.attn\.([qkv])\.bias$", r".attn.\1_bias", n): t for n, t in state.items()}
 
 
+def _width(tensor: Tensor) -> int:
+    return tensor.shape[-1] if tensor.dim() else 0
+
+
 def _split_pooling(state: dict[str, Tensor]) -> None:
     """Part queries from keys and values of a pooling attention, which torch has in one."""
     for leaf in ("weight", "bias"):
-        joined = state.pop(f"attn_pool.qkv.{leaf}", None)
-        if joined is not None:
-            query, key, value = joined.chunk(3)
+        joined = state.get(f"attn_pool.qkv.{leaf}")
+        if joined is not None and joined.dim() and len(joined) and len(joined) % 3 == 0:
+            query, key, value = state.pop(f"attn_pool.qkv.{leaf}").chunk(3)
             state[f"attn_pool.q.{leaf}"] = query
             state[f"attn_pool.kv.{leaf}"] = torch.cat([key, value])
 
@@ -161,8 +170,9 @@ def _place(
     positions = state["pos_embed"]
     own = positions.shape[1] - math.prod(before)
     first, patches = positions[:, : max(own, 0)], positions[:, max(own, 0) :]
-    if own == 1 and not prefix:  # beside registers, timm keeps it in the class token
-        state["cls_token"] = state["cls_token"] + first
+    token = state.get("cls_token")
+    if own == 1 and not prefix and token is not None and token.shape == first.shape:
+        state["cls_token"] = token + first  # where timm keeps it beside registers
         first = first[:, :0]
     if before != grid and patches.shape[1] == math.prod(before):
         image = patches.float().reshape(1, *before, -1).permute(0, 3, 1, 2)
@@ -174,7 +184,7 @@ def _place(
 def _relative(table: Tensor, grid: tuple[int, int], before: tuple[int, int]) -> Tensor:
     """Fit a table of relative positions (distances, heads) to a grid, as BEiT does."""
     old, new = (tuple(2 * side - 1 for side in each) for each in (before, grid))
-    if old == new or len(table) != math.prod(old) + _CLASS_DISTANCES:
+    if old == new or table.dim() != 2 or len(table) != math.prod(old) + _CLASS_DISTANCES:
         return table
     distances, others = table[:-_CLASS_DISTANCES], table[-_CLASS_DISTANCES:]
     image = distances.float().reshape(*old, -1).permute(2, 0, 1).unsqueeze(0)

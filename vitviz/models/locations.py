@@ -12,7 +12,8 @@ import torch
 import vitviz
 from vitviz.errors import ModelError, WeightsError
 from vitviz.models.hub import fetch_from_hub, fetch_if_there, require_answer
-from vitviz.models.translation import PROCESSOR_FILE, is_translatable
+from vitviz.models.processor import PROCESSOR_FILE
+from vitviz.models.translation import is_translatable
 from vitviz.models.weight_files import INDEX_FILES, find_weights, shards_of
 
 __all__ = ["folder_weights", "local_name", "pretrained_source"]

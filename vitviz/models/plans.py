@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,16 @@ from torch import nn
 
 from vitviz.errors import ModelError
 
-__all__ = ["Plan", "parts", "plain", "ratio", "require_gelu", "sides"]
+__all__ = [
+    "LARGEST_SIDE",
+    "Plan",
+    "parts",
+    "plain",
+    "ratio",
+    "require_gelu",
+    "require_kinds",
+    "sides",
+]
 
 
 Config = Mapping[str, Any]
@@ -26,6 +36,12 @@ _ACTIVATIONS: dict[str, Callable[..., nn.Module] | str] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
 }
+LARGEST_SIDE = 1 << 14
+"""Of an image, in pixels."""
+_LARGEST = {"num_hidden_layers": 1000, "image_size": LARGEST_SIDE, "layer_norm_eps": 1}
+_LARGE = 10**6  # no number of a config that anybody has is larger
+_MAY_BE_0 = ("num_register_tokens", "layer_scale_init_value", "layer_norm_eps")
+_PAIRS = ("image_size", "patch_size")  # one side of a square, or height and width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +85,31 @@ def sides(size: Any) -> tuple[int, int]:
     """Return the (height, width) of what may be one side of a square."""
     rows, cols = (size, size) if isinstance(size, int) else size
     return int(rows), int(cols)
+
+
+def require_kinds(config: Config, defaults: Config) -> None:
+    """Make sure that values are of the kinds of their defaults, and within reason.
+
+    Raises:
+        ModelError: One is not.
+    """
+    for name, default in defaults.items():
+        given, largest = config[name], _LARGEST.get(name, _LARGE)
+        if isinstance(default, bool):
+            fits, expected = isinstance(given, bool), "true or false"
+        elif isinstance(default, str):
+            fits, expected = isinstance(given, str), "a word"
+        elif isinstance(default, int):
+            lowest, pair = int(name not in _MAY_BE_0), name in _PAIRS and isinstance(given, list)
+            numbers = given if pair and len(given) == 2 else [given]
+            fits = all(type(each) is int and lowest <= each <= largest for each in numbers)
+            expected = f"a whole number from {lowest} to {largest:,}"
+        else:
+            positive = type(given) in (int, float) and 0 < given <= largest
+            fits = positive or (given == 0 and name in _MAY_BE_0)
+            expected = f"a number from 0 to {largest:,}"
+        if not fits:
+            raise ModelError(f"{name} is {reprlib.repr(given)}; expected {expected}")
 
 
 def parts(config: Config) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
 
-from vitviz.errors import ModelError
-from vitviz.models.plans import Plan, sides
+from vitviz.errors import ModelError, first_line
+from vitviz.models.plans import LARGEST_SIDE, Plan, sides
 
-__all__ = ["data_config"]
+__all__ = ["PROCESSOR_FILE", "data_config"]
+
+
+PROCESSOR_FILE = "preprocessor_config.json"
+_ODD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def data_config(processor: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
@@ -27,10 +32,11 @@ def data_config(processor: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         size, crop_pct = _size(processor, plan)
         mean, std = _normalisation(processor, plan)
         resample = Image.Resampling(processor.get("resample", plan.default_filter))
-    except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
+        _require_sense(size, crop_pct, mean, std, plan)
+    except _ODD as error:
         raise ModelError(
-            f"preprocessor_config.json is none that vitviz can follow ({error}); give the image "
-            "size with --img-size and pixels with --mean and --std, and put the file aside"
+            f"{PROCESSOR_FILE} is none that vitviz can follow ({first_line(error)}); give the "
+            "image size with --img-size and pixels with --mean and --std, and put the file aside"
         ) from error
     return {
         "input_size": (plan.arguments["in_chans"], *size),
@@ -39,6 +45,21 @@ def data_config(processor: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         "interpolation": resample.name.lower(),
         "crop_pct": crop_pct,
     }
+
+
+def _require_sense(
+    size: tuple[int, int],
+    crop_pct: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    plan: Plan,
+) -> None:
+    patch = plan.arguments["patch_size"]
+    if not all(own <= side <= LARGEST_SIDE for side, own in zip(size, patch, strict=True)):
+        raise ValueError(f"an image of {size[0]}×{size[1]} for patches of {patch[0]}×{patch[1]}")
+    finite = all(map(math.isfinite, (*mean, *std)))
+    if not (finite and len(mean) == len(std) in (1, 3) and min(std) > 0 and crop_pct > 0):
+        raise ValueError(f"mean {mean}, deviation {std}, crop of {crop_pct:g}")
 
 
 def _size(processor: Mapping[str, Any], plan: Plan) -> tuple[tuple[int, int], float]:

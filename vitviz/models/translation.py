@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitviz.errors import ModelError, first_line
-from vitviz.models.families import class_count, plan_of
+from vitviz.errors import ModelError
+from vitviz.models.families import class_names, plan_of
 from vitviz.models.keys import renamed, resized, state_of
 from vitviz.models.plans import Plan
-from vitviz.models.processor import data_config
+from vitviz.models.processor import PROCESSOR_FILE, data_config
 
 __all__ = [
-    "PROCESSOR_FILE",
     "Translation",
     "is_translatable",
     "object_config",
@@ -28,9 +27,6 @@ __all__ = [
     "translate_object",
     "translation_of",
 ]
-
-
-PROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +71,14 @@ def translation_of(folder: Path) -> Translation | None:
     config = _read(folder / "config.json")
     if not _architecture(config):
         return None
-    processor = _read(folder / PROCESSOR_FILE) or _read(folder / "processor_config.json").get(
-        "image_processor", {}
-    )
+    processor = _read(folder / PROCESSOR_FILE)
+    if not processor and (folder / PROCESSOR_FILE).is_file():
+        raise ModelError(f"{folder}: {PROCESSOR_FILE} holds no settings; mend it or put it aside")
+    if not processor:
+        pair = _read(folder / "processor_config.json").get("image_processor")
+        processor = pair if isinstance(pair, dict) else {}
     found = {"source": "local-dir", "file": str(folder)}
-    return _translation(config, processor, found, str(folder / "config.json"))
+    return _translation(config, processor, found, str(folder))
 
 
 def stated_architecture(folder: Path) -> str:
@@ -131,12 +130,10 @@ def _translation(
     try:
         plan = plan_of(config, architecture)
         data = data_config(processor, plan)
-        names = _label_names(config)
-    except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
-        raise ModelError(
-            f"{origin} describes no {architecture} that timm can build ({first_line(error)})"
-        ) from error
-    labels = {"label_names": names} if names else {}
+    except ModelError as error:
+        raise ModelError(f"{origin}: {error}") from error
+    names = class_names(config)
+    labels = {"label_names": names} if any(names) else {}
     heads = ("head", "head_dist") if architecture.endswith("WithTeacher") else "head"
     about = {"architecture": architecture, "classifier": heads}
     means = " ".join(f"{each:g}" for each in data["mean"])
@@ -156,13 +153,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
     kind, named = config.get("model_type"), config.get("architectures")
     if not isinstance(kind, str) or isinstance(config.get("architecture"), str):
         return ""
-    return str(named[0]) if isinstance(named, list) and named else f"{kind} without a class"
-
-
-def _label_names(config: Mapping[str, Any]) -> list[str]:
-    """List the names of classes in the order of the logits."""
-    by_index = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
-    return [by_index[index] for index in range(class_count(config)) if by_index]
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) else f"{kind} without a class"
 
 
 def _read(path: Path) -> dict[str, Any]:
