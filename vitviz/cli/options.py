@@ -110,7 +110,11 @@ class SharedOptions:
     ] = None
     adapter: Annotated[
         Path | None,
-        _own(metavar="DIR", help="A LoRA adapter of PEFT, merged into the weights."),
+        _own(
+            metavar="DIR",
+            help="A LoRA adapter of PEFT, merged into the weights; without -m, of the model that "
+            "it names.",
+        ),
     ] = None
     text_embeddings: Annotated[
         Path | None,

@@ -51,11 +51,15 @@ class Adapter:
         path: Its file.
         changes: (A, B, factor) for each layer, by its name: s·B·A is added to its weight.
         replaced: Tensors that take the place of the base's own, by name.
+        base: What it was trained on, a folder or a name on the hub; empty where it is not said.
+        trained_as: The class of that model, where it was one of transformers.
     """
 
     path: Path
     changes: dict[str, tuple[Tensor, Tensor, float]]
     replaced: dict[str, Tensor]
+    base: str = ""
+    trained_as: str = ""
 
     def describe(self) -> str:
         """Say in one line what it does."""
@@ -102,7 +106,13 @@ def read_adapter(path: Path) -> Adapter:
         name: (*_pair(file, name, each), _factor(config, name, each["A"]))
         for name, each in found.items()
     }
-    return Adapter(path=file, changes=changes, replaced=replaced)
+    return Adapter(
+        path=file,
+        changes=changes,
+        replaced=replaced,
+        base=_text(config, "base_model_name_or_path"),
+        trained_as=_text(config.get("auto_mapping"), "base_model_class"),
+    )
 
 
 def merged(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
@@ -149,6 +159,11 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _text(config: object, key: str) -> str:
+    found = config.get(key) if isinstance(config, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 def _pair(file: Path, name: str, matrices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return A (rank, in) and B (out, rank)."""
     if matrices.keys() != {"A", "B"}:
@@ -183,8 +198,10 @@ def _wrapping(base: Mapping[str, Tensor], adapter: Adapter) -> int:
                 raise _refusal(adapter.path, f"{odd[0]} of the base is {shape}, no linear layer's")
             return depth
     lacking = next(name for name in adapter.changes if f"{name}.weight" not in base)
+    named = adapter.base and f", {adapter.base}"
     raise _refusal(
-        adapter.path, f"the base has no {lacking}.weight; give the model that it was trained on"
+        adapter.path,
+        f"the base has no {lacking}.weight; give the model that it was trained on{named}",
     )
 
 

@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import nn
 
-from vitviz.errors import ModelError, OptionError, WeightsError, first_line
+from vitviz.errors import ModelError, WeightsError, first_line
 from vitviz.models.adapters import Adapter, merged
 from vitviz.models.checkpoints import mismatch, read_checkpoint
 from vitviz.models.labels import Labels
@@ -50,7 +50,11 @@ class LoadedModule:
 
 
 def build_skeleton(
-    name: str, img_size: tuple[int, int] | None = None, *, native: bool = False
+    name: str,
+    img_size: tuple[int, int] | None = None,
+    *,
+    native: bool = False,
+    adapter: Adapter | None = None,
 ) -> nn.Module:
     """Build a model without weights and without memory for them, on torch's meta device.
 
@@ -60,6 +64,7 @@ def build_skeleton(
         name: From ``resolve_name``.
         img_size: (height, width) to build it for, instead of its own.
         native: Whether it is to take images of any aspect ratio.
+        adapter: What is to be merged into it; with one, a model of transformers may classify.
 
     Raises:
         ModelError: It cannot be built as asked.
@@ -70,7 +75,7 @@ def build_skeleton(
     local, arguments = local_name(name), _size_arguments(img_size, native)
     try:
         with torch.device("meta"):
-            return _create(local, pretrained=False, **arguments).eval()
+            return _create(local, pretrained=False, adapter=adapter, **arguments).eval()
     except Exception as error:
         if isinstance(error, ModelError) or not local.startswith("local-dir:"):
             raise
@@ -136,13 +141,8 @@ def _from_file(
     adapter: Adapter | None,
 ) -> tuple[nn.Module, list[str]]:
     """Build a model with the weights of a file; return what should be said about them, too."""
-    if translation := _translation(name):
-        if adapter is not None:
-            raise OptionError(
-                f"--adapter {adapter.path} cannot be merged into a model of transformers; merge it "
-                "with PEFT's merge_and_unload, and save that"
-            )
-        return _from_translated_file(file, translation, skeleton, arguments)
+    if translation := _translation(name, adapter):
+        return _from_translated_file(file, translation, skeleton, arguments, adapter)
     path, checkpoint = file.path, read_checkpoint(file, skeleton)
     said = [checkpoint.unwrapped, *_resized(path, checkpoint.tensors, skeleton)]
     notes = [f"{path}: {each}" for each in said if each]
@@ -203,24 +203,32 @@ def _filled(
 
 
 def _from_translated_file(
-    file: WeightFile, translation: Translation, skeleton: nn.Module, arguments: dict[str, Any]
+    file: WeightFile,
+    translation: Translation,
+    skeleton: nn.Module,
+    arguments: dict[str, Any],
+    adapter: Adapter | None,
 ) -> tuple[nn.Module, list[str]]:
     """Do the same for the weights of a model of transformers, which are as many as it says."""
     checkpoint = read_checkpoint(file, skeleton, translation.renamed)
-    state = translation.state(checkpoint.tensors, skeleton)
+    tensors, merging = checkpoint.tensors, list[str]()
+    if adapter is not None:
+        tensors, adapter = translation.merged(tensors, adapter)
+        merging = [f"{adapter.path}: {adapter.describe()}"]
+    state = translation.state(tensors, skeleton)
     if mismatch(state, skeleton):
         raise _misfit(file.path, state, skeleton)
     module = translation.build(**arguments)
     module.load_state_dict(state)
     resized = translation.resized(checkpoint.tensors, module)
     said = [checkpoint.unwrapped, resized, *translation.notes]
-    return module, [f"{file.path}: {each}" for each in said if each]
+    return module, [*(f"{file.path}: {each}" for each in said if each), *merging]
 
 
-def _translation(name: str) -> Translation | None:
+def _translation(name: str, adapter: Adapter | None = None) -> Translation | None:
     """Return how to build a model whose folder transformers saved."""
     folder = name.removeprefix("local-dir:")
-    return None if folder == name else translation_of(Path(folder))
+    return None if folder == name else translation_of(Path(folder), adapter)
 
 
 def _misfit(path: Path, tensors: Mapping[str, torch.Tensor], expected: nn.Module) -> WeightsError:
@@ -297,8 +305,10 @@ def _resized(path: Path, tensors: Mapping[str, torch.Tensor], skeleton: nn.Modul
     return changes
 
 
-def _create(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
-    translation = _translation(name)
+def _create(
+    name: str, *, pretrained: bool, adapter: Adapter | None = None, **arguments: Any
+) -> nn.Module:
+    translation = _translation(name, adapter)
     try:
         if translation is not None:
             return translation.build(**arguments)

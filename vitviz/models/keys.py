@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from vitviz.errors import WeightsError
 from vitviz.models.plans import Plan
 from vitviz.models.structure import patch_embedding
 
-__all__ = ["renamed", "resized", "state_of"]
+__all__ = ["parted_as", "renamed", "resized", "state_of"]
 
 
 _MOST_NESTED = 8
@@ -98,6 +99,28 @@ def state_of(tensors: Mapping[str, Tensor], plan: Plan, module: nn.Module) -> di
     return {name: each for name, each in state.items() if each.numel() or name in expected}
 
 
+def parted_as(layers: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join or part weights as layers are that an adapter of another version changes.
+
+    Args:
+        layers: By timm's names, apart from each other or joined.
+        tensors: The same, with those of whole layers or of parts.
+    """
+    state = dict(tensors)
+    for layer, (whole, parts) in itertools.product(layers, _JOINS.items()):
+        ending = next((each for each in (whole, *parts) if layer.endswith(f".{each}")), None)
+        if ending is None:
+            continue
+        home = layer.removesuffix(ending)
+        joined, names = f"{home}{whole}.weight", [f"{home}{part}.weight" for part in parts]
+        if ending == whole and _go_together(state, names):
+            state[joined] = torch.cat([state.pop(each) for each in names])
+        elif ending != whole and joined in state and state[joined].dim() == 2:
+            pieces = state.pop(joined).chunk(len(parts))
+            state |= dict(zip(names, pieces, strict=False))
+    return state
+
+
 def resized(tensors: Iterable[str], plan: Plan, module: nn.Module) -> str:
     """Say which positions ``state_of`` fits to another grid; empty where none are."""
     before, grid = plan.grid, _grid(module)
@@ -128,13 +151,16 @@ def _joined(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> di
         home, _, leaf = name.rpartition(".")
         for whole, parts in _JOINS.items():
             names = [f"{home.removesuffix(whole)}{part}.{leaf}" for part in parts]
-            if not home.endswith(whole) or not all(each in state for each in names):
-                continue
-            shapes = [state[each].shape for each in names]
-            if all(shapes) and len({(len(shape), *shape[1:]) for shape in shapes}) == 1:
+            if home.endswith(whole) and _go_together(state, names):
                 state[name] = torch.cat([state.pop(each) for each in names])
     # Where keys have no bias (BEiT, DINOv3), timm's two others stand apart.
     return {re.sub(r"\.attn\.([qkv])\.bias$", r".attn.\1_bias", n): t for n, t in state.items()}
+
+
+def _go_together(state: Mapping[str, Tensor], names: Iterable[str]) -> bool:
+    """Tell whether tensors are all there and differ in their first axis alone."""
+    shapes = [state[name].shape if name in state else () for name in names]
+    return all(shapes) and len({(len(shape), *shape[1:]) for shape in shapes}) == 1
 
 
 def _width(tensor: Tensor) -> int:

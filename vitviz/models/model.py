@@ -166,7 +166,7 @@ def load_model(
         model: A timm name with or without tag, an alias (``deit_tiny``), ``demo``,
             ``hf-hub:owner/name``, a folder with a config.json, ``package.module:factory``, or a
             model object of timm or transformers (copied to timm's parts), compiled or wrapped or
-            not; None: as the file of ``weights`` says.
+            not; None: as the file of ``weights`` says, else that of ``adapter``.
         weights: A checkpoint to use instead of the pretrained weights.
         labels: A file with the names of the classes.
         device: ``auto`` (an object stays where it is), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
@@ -180,7 +180,7 @@ def load_model(
         text: Prompts themselves, or phrases for each name, which are averaged (needs open_clip).
 
     Raises:
-        OptionError: An option is not usable, or ``weights`` do not say which model they are for.
+        OptionError: An option is not usable, or a file does not say which model it is for.
         ModelError: There is no such model, or it cannot be built as asked.
         UnsupportedModelError: Rollout is not defined for this model.
         WeightsError: Its weights are missing or do not fit.
@@ -319,15 +319,16 @@ def _build(
     img_size: tuple[int, int] | None,
 ) -> tuple[LoadedModule, TokenLayout]:
     notes = []
-    if model is None and file is not None:
-        stated = model_stated(file)
+    source = file or adapter
+    if model is None and source is not None:
+        stated = model_stated(source)
         model = stated.model or stated.name
-        notes.append(f"{file.path}: taken as {stated.name}, by {stated.where}")
+        notes.append(f"{source.path}: taken as {stated.name}, by {stated.where}")
     name = resolve_name(model or DEFAULT)
-    skeleton = build_skeleton(name, img_size, native=fit is Fit.NATIVE)
+    native = fit is Fit.NATIVE
+    skeleton = build_skeleton(name, img_size, native=native, adapter=adapter)
     # What cannot work is refused before anything is downloaded.
     layout = read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
-    native = fit is Fit.NATIVE
     built = build_model(name, skeleton, file, img_size, native=native, adapter=adapter)
     if model is not None and file is not None and not notes:
         notes += filter(None, [disagreement(file, _full_name(built.module))])

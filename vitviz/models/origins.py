@@ -8,9 +8,11 @@ import re
 import types
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vitviz.errors import OptionError
+from vitviz.models.adapters import Adapter
 from vitviz.models.names import ALIASES
 from vitviz.models.translation import stated_architecture
 from vitviz.models.weight_files import WeightFile
@@ -42,13 +44,15 @@ class Statement:
         return self.name.partition(".")[0]
 
 
-def model_stated(file: WeightFile) -> Statement:
-    """Return the model that a weights file was trained as, by all that it says.
+def model_stated(file: WeightFile | Adapter) -> Statement:
+    """Return the model that a file was trained as, by all that it says; or an adapter, on.
 
     Raises:
         OptionError: It says nothing, or of two models.
         WeightsError: It cannot be read.
     """
+    if isinstance(file, Adapter):
+        return _base(file)
     stated = list(_statements(file))
     if not stated:
         raise OptionError(
@@ -62,6 +66,17 @@ def model_stated(file: WeightFile) -> Statement:
                 f"{other.where}; name the right one with -m NAME --weights {file.path}"
             )
     return max(stated, key=lambda each: (bool(each.model), "." in each.name))
+
+
+def _base(adapter: Adapter) -> Statement:
+    if not adapter.base:
+        raise OptionError(
+            f"{adapter.path} says nowhere which model it was trained on (base_model_name_or_path); "
+            f"name it with -m NAME --adapter {adapter.path.parent}"
+        )
+    on_hub = "/" in adapter.base and not Path(adapter.base).is_dir()
+    model = f"hf-hub:{adapter.base}" if on_hub else adapter.base
+    return Statement(name=model, where="its base_model_name_or_path")
 
 
 def disagreement(file: WeightFile, name: str) -> str:

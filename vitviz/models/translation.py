@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from vitviz.errors import ModelError
+from vitviz.errors import ModelError, WeightsError
+from vitviz.models.adapters import Adapter, merged
 from vitviz.models.families import class_names, plan_of
-from vitviz.models.keys import renamed, resized, state_of
+from vitviz.models.keys import parted_as, renamed, resized, state_of
 from vitviz.models.plans import Plan
 from vitviz.models.processor import PROCESSOR_FILE, data_config
 
@@ -27,6 +28,10 @@ __all__ = [
     "translate_object",
     "translation_of",
 ]
+
+
+_CLASSIFIER = "ForImageClassification"
+_HEADS = ("head.", "head_dist.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,31 @@ class Translation:
         """Give what a checkpoint holds timm's names."""
         return renamed(content, self.plan, origin)
 
+    def merged(
+        self, tensors: Mapping[str, Tensor], adapter: Adapter
+    ) -> tuple[dict[str, Tensor], Adapter]:
+        """Merge an adapter by transformers' names into tensors under timm's.
+
+        Returns:
+            The tensors, and the adapter by timm's names, without its changes to a text tower.
+
+        Raises:
+            WeightsError: It changes nothing of the model, or what the model does not have.
+        """
+        origin = str(adapter.path)
+        named = {f"{layer}.weight": change for layer, change in adapter.changes.items()}
+        changes = self.renamed(named, origin)
+        if not changes:
+            raise WeightsError(f"{origin} changes no layer of the image tower")
+        own = replace(
+            adapter,
+            changes={name.removesuffix(".weight"): each for name, each in changes.items()},
+            replaced=self.renamed(adapter.replaced, origin),
+        )
+        heads = _HEADS if _trained_head(adapter) is not None else ()
+        base = {name: each for name, each in tensors.items() if not name.startswith(heads)}
+        return merged(parted_as(own.changes, base), own), own
+
     def resized(self, tensors: Iterable[str], module: nn.Module) -> str:
         """Say which positions are fitted to another grid; empty where none are."""
         return resized(tensors, self.plan, module)
@@ -62,15 +92,21 @@ class Translation:
         return state_of(tensors, self.plan, module)
 
 
-def translation_of(folder: Path) -> Translation | None:
+def translation_of(folder: Path, adapter: Adapter | None = None) -> Translation | None:
     """Read a model folder; None if its config is not of transformers.
+
+    Args:
+        folder: With its config.json.
+        adapter: What was trained on the model, which may have got a classifier for it.
 
     Raises:
         ModelError: It is of a model that timm's parts do not make.
     """
-    config = _read(folder / "config.json")
+    config: Mapping[str, Any] = _read(folder / "config.json")
     if not _architecture(config):
         return None
+    if adapter is not None:
+        config = _trained(config, adapter)
     processor = _read(folder / PROCESSOR_FILE)
     if not processor and (folder / PROCESSOR_FILE).is_file():
         raise ModelError(f"{folder}: {PROCESSOR_FILE} holds no settings; mend it or put it aside")
@@ -112,6 +148,8 @@ def translate_object(module: nn.Module, config: Mapping[str, Any]) -> tuple[nn.M
         ModelError: timm's parts do not make it.
     """
     name = type(module).__name__
+    if any(".lora_" in each for each, _ in module.named_parameters()):
+        raise ModelError(f"{name} has a LoRA adapter; pass what its merge_and_unload() returns")
     translation = _translation(config, {}, {}, f"the config of {name}")
     twin = translation.build()
     some = next(module.parameters())
@@ -143,6 +181,24 @@ def _translation(
         config={**data, **about, **labels, **found},
         notes=() if processor else (note,),
     )
+
+
+def _trained(config: Mapping[str, Any], adapter: Adapter) -> Mapping[str, Any]:
+    """Return the config of what was trained with an adapter on the model of a config."""
+    head, architecture = _trained_head(adapter), _architecture(config)
+    if head is None:
+        return config
+    if _CLASSIFIER not in architecture:
+        architecture = f"{architecture.partition('For')[0].removesuffix('Model')}{_CLASSIFIER}"
+    same = len(class_names(config)) == len(head)
+    labels = {} if same else {"id2label": None, "num_labels": len(head)}
+    return {**config, **labels, "architectures": [adapter.trained_as or architecture]}
+
+
+def _trained_head(adapter: Adapter) -> Tensor | None:
+    """Return the weights of the classifier that was trained with an adapter, if one was."""
+    heads = (t for name, t in adapter.replaced.items() if name.endswith("classifier.weight"))
+    return next((each for each in heads if each.dim() == 2), None)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
