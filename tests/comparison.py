@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -17,7 +17,7 @@ from tiny import TinyCase
 from vitviz.explaining.batch import explain_batch
 from vitviz.methods.method import Method
 from vitviz.models.model import Model, load_model
-from vitviz.options import AttentionRule, HeadFusion
+from vitviz.options import AttentionRule, HeadFusion, ResidualRule
 
 TOLERANCE = 1e-4  # of a map's range, the contract's
 
@@ -39,6 +39,10 @@ class Setting:
     @property
     def is_gradient(self) -> bool:
         return self.fusion == "gradient"
+
+    @property
+    def is_shared(self) -> bool:
+        return False
 
     def options(self, classes: tuple[str, ...] = ("top1",)) -> Method:
         """Say the same to the package."""
@@ -63,10 +67,12 @@ class LinearSetting:
         name: "relevance" or "classic" for the two forms of relevance, "value" or "shared" for the
             two rules of evidence.
         start_layer: Blocks before this one are left out; None: as many as the method says.
+        residual: "plain" or "balanced", how evidence passes residual additions.
     """
 
     name: str
     start_layer: int | None = None
+    residual: str = "plain"
 
     @property
     def is_gradient(self) -> bool:
@@ -76,12 +82,25 @@ class LinearSetting:
     def is_evidence(self) -> bool:
         return self.name in ("value", "shared")
 
+    @property
+    def is_shared(self) -> bool:
+        return self.name == "shared"
+
+    @property
+    def rules(self) -> Rules:
+        """Say the same to the reference."""
+        right = linear_oracles.SHARED if self.is_shared else linear_oracles.VALUE
+        if self.residual == "balanced":
+            return replace(right, residual=linear_oracles.balanced)
+        return right
+
     def options(self, classes: tuple[str, ...] = ("top1",), refine: int = 1) -> Method:
         """Say the same to the package."""
         return make_method(
             "evidence" if self.is_evidence else "relevance",
             classic=self.name == "classic",
             rule=AttentionRule(self.name) if self.is_evidence else AttentionRule.VALUE,
+            residual=ResidualRule(self.residual),
             start_layer=self.start_layer,
             classes=classes,
             refine=refine,
@@ -89,7 +108,8 @@ class LinearSetting:
 
     def __str__(self) -> str:
         start = "" if self.start_layer is None else f"-from-{self.start_layer}"
-        return ("evidence-" if self.is_evidence else "") + self.name + start
+        residual = "-balanced" if self.residual == "balanced" else ""
+        return ("evidence-" if self.is_evidence else "") + self.name + residual + start
 
 
 AnySetting = Setting | LinearSetting
@@ -105,9 +125,14 @@ STARTED = (
     Setting(fusion="gradient", discard=0.9, start_layer=1),
 )
 SETTINGS = ROLLOUTS + GRADIENTS + STARTED
-RELEVANCE, CLASSIC, EVIDENCE, SHARED_EVIDENCE = LINEAR = tuple(
+RELEVANCE, CLASSIC, EVIDENCE, SHARED_EVIDENCE = UNBALANCED = tuple(
     LinearSetting(name=name) for name in ("relevance", "classic", "value", "shared")
 )
+BALANCED = (BALANCED_EVIDENCE, BALANCED_SHARED) = (
+    replace(EVIDENCE, residual="balanced"),
+    replace(SHARED_EVIDENCE, residual="balanced"),
+)
+LINEAR = UNBALANCED + BALANCED
 LINEAR_STARTED = (
     LinearSetting(name="relevance", start_layer=0),
     LinearSetting(name="relevance", start_layer=1),
@@ -269,8 +294,7 @@ def _linear_tokens(
             )
             for image in range(len(class_of_image))
         ]
-    right = linear_oracles.SHARED if setting.name == "shared" else linear_oracles.VALUE
-    images = linear_traced(case, rules or right).about(class_of_image, versus)
+    images = linear_traced(case, rules or setting.rules).about(class_of_image, versus)
     if setting.is_evidence:
         return [linear_oracles.token_evidence(image, steps=steps) for image in images]
     return [

@@ -7,7 +7,7 @@ there by hand. ``PlainVit`` does without any automatic gradient, to guard the gu
 
 Sources: Ali et al. 2022 (arXiv 2202.07304); Achtibat et al. 2024 (arXiv 2402.05602); Mehri et al.
 2025 (arXiv 2411.16760); Wu et al. 2024 (arXiv 2403.14552); Chefer, Gur & Wolf 2021 (arXiv
-2103.15679).
+2103.15679); Berend et al. 2026 (ResLRP) for residual additions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -35,6 +36,37 @@ def _variable(x: Tensor) -> Tensor:
     return x
 
 
+def unbalanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the gradients of a and b, where their sum passes its own on to both."""
+    return torch.ones_like(a), torch.ones_like(b)
+
+
+def balanced(
+    a: Tensor,
+    b: Tensor,
+    *,
+    gamma: float = 1,
+    cancel: Callable[[Tensor, Tensor], Tensor] = lambda a, b: a * b < 0,
+    a_is_p: Callable[[Tensor, Tensor], Tensor] = lambda a, b: a.abs() > b.abs(),
+    denominator: Callable[..., Tensor] = lambda p, q, gamma: (1 + gamma) * p + q,
+) -> tuple[Tensor, Tensor]:
+    """Weights by the residual rule: (1 + γ)(a + b)/D for p, (a + b)/D for q where they cancel."""
+    first = a_is_p(a, b)
+    p, q = torch.where(first, a, b), torch.where(first, b, a)
+    shared = (a + b) / denominator(p, q, gamma)
+    of_p, of_q = (1 + gamma) * shared, shared
+    cancels, whole = cancel(a, b), torch.ones_like(a)
+    return (
+        torch.where(cancels, torch.where(first, of_p, of_q), whole),
+        torch.where(cancels, torch.where(first, of_q, of_p), whole),
+    )
+
+
+def first_three_quarters(blocks: int) -> int:
+    """Number of blocks in which additions are balanced."""
+    return math.floor(3 * blocks / 4)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """What counts as a constant on the way back, so that a test can plant a mistake.
@@ -45,16 +77,22 @@ class Rules:
         mean: The mean that layer normalisation subtracts.
         deviation: The standard deviation, or root mean square, by which it divides.
         gate: act(x)/x of an activation.
+        residual: Weights of the gradients of a and b in a residual addition a + b.
+        depth: How many of a number of blocks it is used in.
     """
 
     shares: tuple[float, float, float] = (0, 0, 1)
     mean: Callable[[Tensor], Tensor] = _variable
     deviation: Callable[[Tensor], Tensor] = _constant
     gate: Callable[[Tensor], Tensor] = _constant
+    residual: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = unbalanced
+    depth: Callable[[int], int] = first_three_quarters
 
 
 VALUE = Rules()
 SHARED = Rules(shares=(0.25, 0.25, 0.5))
+BALANCED = replace(VALUE, residual=balanced)
+BALANCED_SHARED = replace(SHARED, residual=balanced)
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -169,7 +207,7 @@ def linear_trace(model: nn.Module, images: Tensor, rules: Rules = VALUE) -> Line
     trace = LinearTrace(
         projections=[weight for weight, _ in layers], biases=[bias for _, bias in layers]
     )
-    watch = _Watch(trace, rules)
+    watch = _Watch(trace, rules, balanced_blocks=rules.depth(len(trunk.blocks)))
     embedding = getattr(trunk, "patch_embed", None) or trunk.embeds
     before = set(embedding.modules())  # no gradient has to go there
     for module in double.modules():
@@ -246,9 +284,10 @@ class _Watch:
     factor. Products outside of attention have factors without a gradient, and do not change.
     """
 
-    def __init__(self, trace: LinearTrace, rules: Rules) -> None:
+    def __init__(self, trace: LinearTrace, rules: Rules, *, balanced_blocks: int) -> None:
         self._trace = trace
         self._rules = rules
+        self._balanced_blocks = balanced_blocks
         self._probabilities: Tensor | None = None
         self._inside = False
 
@@ -271,8 +310,8 @@ class _Watch:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Watch Tensor.softmax and @, and forbid what was not written out."""
-        softmax, product = Tensor.softmax, Tensor.__matmul__
+        """Watch Tensor.softmax, @ and +, and forbid what was not written out."""
+        softmax, product, add = Tensor.softmax, Tensor.__matmul__, Tensor.__add__
 
         def watched_softmax(scores: Tensor, dim: int) -> Tensor:
             probabilities = softmax(scores, dim=dim)
@@ -295,6 +334,14 @@ class _Watch:
                 return product(left, _shared(right, values))
             return product(_shared(left, queries), _shared(right, keys))
 
+        def watched_sum(left: Tensor, right: Tensor) -> Tensor:
+            out = add(left, right)
+            if not self._is_residual(left, right):
+                return out
+            of_left, of_right = self._rules.residual(left.detach(), right.detach())
+            passing = add(of_left * left, of_right * right)
+            return add(passing, (out - passing).detach())
+
         def forbidden(name: str, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def call(*arguments: object, **named: object) -> Tensor:
                 assert not self._inside, f"{name} was not written out by hand"
@@ -305,11 +352,22 @@ class _Watch:
         with ExitStack() as stack:
             stack.enter_context(patch.object(Tensor, "softmax", watched_softmax))
             stack.enter_context(patch.object(Tensor, "__matmul__", watched_product))
+            stack.enter_context(patch.object(Tensor, "__add__", watched_sum))
             for home, names in _FORBIDDEN:
                 for name in names:
                     call = forbidden(name, getattr(home, name))
                     stack.enter_context(patch.object(home, name, call))
             yield
+
+    def _is_residual(self, left: object, right: object) -> bool:
+        """Tell whether tokens are added to tokens, in one of the blocks that count."""
+        if not self._inside or not 0 < len(self._trace.tokens) <= self._balanced_blocks:
+            return False
+        size = self._trace.tokens[0].shape
+        return all(
+            isinstance(each, Tensor) and each.requires_grad and each.shape == size
+            for each in (left, right)
+        )
 
 
 def _shared(x: Tensor, share: float) -> Tensor:
@@ -430,6 +488,26 @@ class _Norm:
         return gradient - gradient.mean(axis=-1, keepdims=True)
 
 
+def _leave(a: Array, b: Array) -> tuple[float, float]:
+    return 1.0, 1.0
+
+
+def _balance_by_hand(a: Array, b: Array) -> tuple[Array, Array]:
+    """Go through a sum number by number; γ = 1."""
+    of_a, of_b = np.ones_like(a), np.ones_like(b)
+    for place in np.ndindex(a.shape):
+        one, other = a[place], b[place]
+        if one * other >= 0:
+            continue
+        if abs(one) > abs(other):
+            of_a[place] = 2 * (one + other) / (2 * one + other)
+            of_b[place] = (one + other) / (2 * one + other)
+        else:
+            of_b[place] = 2 * (one + other) / (2 * other + one)
+            of_a[place] = (one + other) / (2 * other + one)
+    return of_a, of_b
+
+
 class PlainVit:
     """A ViT with a class token, forward and linearised backward in NumPy, for one image.
 
@@ -446,9 +524,14 @@ class PlainVit:
         self._patch = model.patch_embed.patch_size[0]
 
     def image_trace(
-        self, image: Array, class_index: int, *, shares: tuple[float, float, float]
+        self,
+        image: Array,
+        class_index: int,
+        *,
+        shares: tuple[float, float, float],
+        balanced_blocks: int = 0,
     ) -> ImageTrace:
-        """Run forward and back."""
+        """Run forward and back, with the residual rule in the first blocks."""
         names = [f"blocks.{block}." for block in range(self._blocks)]
         x = self._embed(image)
         tokens, kept = [x], []
@@ -462,8 +545,9 @@ class PlainVit:
         gradient[0] = self._w["head.weight"][class_index]
         gradient = self._norm("norm.").back(gradient, deviation)
         token_gradients, attention_gradients = [gradient], []
-        for name, memory in zip(reversed(names), reversed(kept), strict=True):
-            gradient, of_attention = self._back(gradient, memory, name, shares)
+        for block in reversed(range(self._blocks)):
+            weigh = _balance_by_hand if block < balanced_blocks else _leave
+            gradient, of_attention = self._back(gradient, kept[block], names[block], shares, weigh)
             token_gradients.insert(0, gradient)
             attention_gradients.insert(0, of_attention)
         return ImageTrace(
@@ -497,7 +581,7 @@ class PlainVit:
         tokens = np.concatenate([self._w["cls_token"][0], embedded])
         return tokens + self._w["pos_embed"][0]
 
-    def _block(self, x: Array, name: str) -> tuple[Array, dict[str, Array]]:
+    def _block(self, x: Array, name: str) -> tuple[Array, dict[str, Any]]:
         n, channels = x.shape
         width = channels // self._heads
         normed, deviation1 = self._norm(name + "norm1.").forward(x)
@@ -507,32 +591,37 @@ class PlainVit:
         powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
         attention = powers / powers.sum(axis=-1, keepdims=True)
         joined = (attention @ v).transpose(1, 0, 2).reshape(n, channels)
-        middle = x + self._linear(joined, name + "attn.proj.")
+        attended = self._linear(joined, name + "attn.proj.")
+        middle = x + attended
         normed, deviation2 = self._norm(name + "norm2.").forward(middle)
         hidden = self._linear(normed, name + "mlp.fc1.")
         erf = torch.erf(torch.from_numpy(hidden / math.sqrt(2))).numpy()
         gate = np.where(np.abs(hidden) < 1e-6, 0.5, (1 + erf) / 2)
-        output = middle + self._linear(hidden * gate, name + "mlp.fc2.")
-        return output, {
+        made = self._linear(hidden * gate, name + "mlp.fc2.")
+        return middle + made, {
             **{"q": q, "k": k, "v": v, "attention": attention, "gate": gate},
             **{"deviation1": deviation1, "deviation2": deviation2},
+            **{"sum1": (x, attended), "sum2": (middle, made)},
         }
 
     def _back(
         self,
         gradient: Array,
-        memory: dict[str, Array],
+        memory: dict[str, Any],
         name: str,
         shares: tuple[float, float, float],
+        weigh: Callable[[Array, Array], tuple[Any, Any]],
     ) -> tuple[Array, Array]:
         """From ∂y/∂(block output) to ∂y/∂(block input) and ∂y/∂A."""
         n, channels = gradient.shape
         width = channels // self._heads
         q, k, v, attention = (memory[key] for key in ("q", "k", "v", "attention"))
-        hidden = gradient @ self._w[name + "mlp.fc2.weight"] * memory["gate"]
+        passing, branch = (gradient * each for each in weigh(*memory["sum2"]))
+        hidden = branch @ self._w[name + "mlp.fc2.weight"] * memory["gate"]
         normed = hidden @ self._w[name + "mlp.fc1.weight"]
-        gradient = gradient + self._norm(name + "norm2.").back(normed, memory["deviation2"])
-        joined = gradient @ self._w[name + "attn.proj.weight"]
+        gradient = passing + self._norm(name + "norm2.").back(normed, memory["deviation2"])
+        passing, branch = (gradient * each for each in weigh(*memory["sum1"]))
+        joined = branch @ self._w[name + "attn.proj.weight"]
         output = joined.reshape(n, self._heads, width).transpose(1, 0, 2)  # (heads, N, width)
         of_attention = output @ v.transpose(0, 2, 1)
         of_scores = attention * (
@@ -543,6 +632,6 @@ class PlainVit:
         of_v = shares[2] * attention.transpose(0, 2, 1) @ output
         qkv = np.stack([of_q, of_k, of_v]).transpose(2, 0, 1, 3).reshape(n, 3 * channels)
         normed = qkv @ self._w[name + "attn.qkv.weight"]
-        return gradient + self._norm(name + "norm1.").back(
+        return passing + self._norm(name + "norm1.").back(
             normed, memory["deviation1"]
         ), of_attention

@@ -35,6 +35,7 @@ from vitviz.options import Fit as Fit
 from vitviz.options import Foreground as Foreground
 from vitviz.options import HeadFusion as HeadFusion
 from vitviz.options import PictureOptions as PictureOptions
+from vitviz.options import ResidualRule as ResidualRule
 from vitviz.python_values import Classes as Classes
 from vitviz.python_values import Images as Images
 from vitviz.python_values import Target as Target

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 import linear_oracles
 import oracles
 from comparison import (
+    BALANCED,
     CLASSIC,
     EVIDENCE,
     GRADIENTS,
@@ -212,9 +214,7 @@ def _under(**mistaken: object) -> Callable[[TinyCase, LinearSetting], Array]:
     """Plant a mistake in what counts as a constant."""
 
     def plant(case: TinyCase, setting: LinearSetting) -> Array:
-        shared = setting is SHARED_EVIDENCE
-        right = linear_oracles.SHARED if shared else linear_oracles.VALUE
-        return linear_by_hand(case, setting, rules=replace(right, **mistaken))
+        return linear_by_hand(case, setting, rules=replace(setting.rules, **mistaken))
 
     return plant
 
@@ -324,7 +324,13 @@ def _classic_from_half(case: TinyCase, setting: LinearSetting) -> Array:
 
 
 def _other_rule(case: TinyCase, setting: LinearSetting) -> Array:
-    return linear_by_hand(case, SHARED_EVIDENCE if setting is EVIDENCE else EVIDENCE)
+    other = "value" if setting.is_shared else "shared"
+    return linear_by_hand(case, replace(setting, name=other))
+
+
+def _balanced_wrongly(**mistaken: object) -> Callable[[TinyCase, LinearSetting], Array]:
+    """Plant a mistake in the residual rule."""
+    return _under(residual=partial(linear_oracles.balanced, **mistaken))
 
 
 def _inputs_and_last_output(image: ImageTrace) -> range:
@@ -364,10 +370,10 @@ def _patch_average_read(case: TinyCase, setting: LinearSetting) -> Array:
     return linear_by_hand(case, setting, readout=readout)
 
 
-LINEARISED = (RELEVANCE, EVIDENCE, SHARED_EVIDENCE)
+LINEARISED = (RELEVANCE, EVIDENCE, SHARED_EVIDENCE, *BALANCED)
 BOTH_FORMS = (RELEVANCE, CLASSIC)
 FROM_1 = LinearSetting(name="relevance", start_layer=1)
-BOTH_RULES = (EVIDENCE, SHARED_EVIDENCE)
+BOTH_RULES = (EVIDENCE, SHARED_EVIDENCE, *BALANCED)
 
 LINEAR_MISTAKES = (
     Mistake(name="deviation-varies", plant=_under(deviation=_variable), settings=LINEARISED),
@@ -520,6 +526,37 @@ LINEAR_MISTAKES = (
         settings=BOTH_RULES,
     ),
     Mistake(name="evidence-not-averaged", plant=_sum_of_evidence, settings=BOTH_RULES),
+    *(
+        Mistake(name=name, plant=plant, settings=BALANCED)
+        for name, plant in {
+            "residuals-balanced-in-all-blocks": _under(depth=lambda blocks: blocks),
+            "residuals-balanced-in-one-block-fewer": _under(
+                depth=lambda blocks: 3 * blocks // 4 - 1
+            ),
+            "residuals-not-balanced": _under(residual=linear_oracles.unbalanced),
+            "residuals-balanced-where-signs-agree": _balanced_wrongly(
+                cancel=lambda a, b: a * b > 0
+            ),
+            "residuals-balanced-everywhere": _balanced_wrongly(
+                cancel=lambda a, b: torch.ones_like(a, dtype=torch.bool)
+            ),
+            "smaller-operand-favoured": _balanced_wrongly(a_is_p=lambda a, b: a.abs() < b.abs()),
+            "greater-operand-favoured": _balanced_wrongly(a_is_p=lambda a, b: a > b),
+            "passing-operand-favoured": _balanced_wrongly(
+                a_is_p=lambda a, b: torch.ones_like(a, dtype=torch.bool)
+            ),
+            "gamma-forgotten": _balanced_wrongly(gamma=0),
+            "gamma-on-the-smaller-operand": _balanced_wrongly(
+                denominator=lambda p, q, gamma: p + (1 + gamma) * q
+            ),
+            "gamma-forgotten-in-the-denominator": _balanced_wrongly(
+                denominator=lambda p, q, gamma: p + q
+            ),
+            "magnitudes-in-the-denominator": _balanced_wrongly(
+                denominator=lambda p, q, gamma: (1 + gamma) * p - q
+            ),
+        }.items()
+    ),
 )
 
 MISTAKES = (

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,11 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import linear_oracles
-from comparison import EVIDENCE, GRADIENTS, LINEAR, RELEVANCE, ROLLOUTS, AnySetting, distance
+from comparison import (
+    BALANCED_EVIDENCE,
+    EVIDENCE,
+    GRADIENTS,
+    LINEAR,
+    RELEVANCE,
+    ROLLOUTS,
+    SHARED_EVIDENCE,
+    AnySetting,
+    distance,
+)
 from tiny import CASES, TinyCase
 from vitviz.errors import OptionError
 from vitviz.explaining.batch import class_requests, explain_batch
 from vitviz.methods.linear_backward import LinearizedBackward
+from vitviz.methods.residuals import BalancedResiduals
 from vitviz.models.capture import AttentionCapture
 from vitviz.models.model import load_model
 from vitviz.models.structure import blocks_of
@@ -39,7 +51,14 @@ each_type = pytest.mark.parametrize(
 specimen = cache(collect)
 
 
-@pytest.mark.parametrize("rules", [linear_oracles.VALUE, linear_oracles.SHARED], ids=["v", "qkv"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        *(linear_oracles.VALUE, linear_oracles.SHARED),
+        *(linear_oracles.BALANCED, linear_oracles.BALANCED_SHARED),
+    ],
+    ids=["v", "qkv", "v-balanced", "qkv-balanced"],
+)
 def test_reference_equals_gradients_derived_on_paper(rules: linear_oracles.Rules) -> None:
     images = PLAIN.images()
     trace = linear_oracles.linear_trace(PLAIN.build(), images, rules)
@@ -47,11 +66,14 @@ def test_reference_equals_gradients_derived_on_paper(rules: linear_oracles.Rules
     for class_index in PLAIN.classes:
         for image, by_hand in zip(images, trace.about([class_index] * 3), strict=True):
             pixels = image.double().numpy()
-            expected = on_paper.image_trace(pixels, class_index, shares=rules.shares)
+            depth = 0 if rules.residual is linear_oracles.unbalanced else 3
+            expected = on_paper.image_trace(
+                pixels, class_index, shares=rules.shares, balanced_blocks=depth
+            )
             for name in ("attention", "values", "projections", "biases", "tokens"):
                 _assert_close(getattr(by_hand, name), getattr(expected, name))
             _assert_close(by_hand.token_gradients, expected.token_gradients)
-            if rules is linear_oracles.VALUE:
+            if rules.shares[2] == 1:
                 _assert_close(by_hand.attention_gradients, expected.attention_gradients)
 
 
@@ -76,13 +98,14 @@ def _seen(model: nn.Module, images: Tensor) -> list[Tensor]:
 def _assert_same_forward(model: nn.Module, images: Tensor, rule: AttentionRule) -> None:
     with torch.no_grad():
         plain = _seen(model, images)
-    for first_gradient in (None, 1):
+    for first_gradient, balanced in product((None, 1), (False, True)):
         with (
             AttentionCapture(
                 model, first_gradient=first_gradient, projections=True, blocks=blocks_of(model)
             ),
             torch.enable_grad(),
-            LinearizedBackward(rule),
+            BalancedResiduals(blocks_of(model)) as residuals,
+            LinearizedBackward(rule, residuals if balanced else None),
         ):
             linear = _seen(model, images)
         assert all(map(torch.equal, linear, plain))
@@ -235,8 +258,10 @@ class _InTheMiddle:
 
 
 @pytest.mark.parametrize("name", [POOLED, TALKING])
-@pytest.mark.parametrize("other", [ROLLOUTS[3], GRADIENTS[0], RELEVANCE], ids=str)
-@pytest.mark.parametrize("setting", [RELEVANCE, EVIDENCE, GRADIENTS[0]], ids=str)
+@pytest.mark.parametrize(
+    "other", [ROLLOUTS[3], GRADIENTS[0], RELEVANCE, BALANCED_EVIDENCE], ids=str
+)
+@pytest.mark.parametrize("setting", [RELEVANCE, BALANCED_EVIDENCE, GRADIENTS[0]], ids=str)
 def test_two_threads_with_one_model_do_not_disturb_each_other(
     name: str, setting: AnySetting, other: AnySetting
 ) -> None:
@@ -275,7 +300,7 @@ def _maps(chosen: Specimen, setting: AnySetting, images: Tensor) -> np.ndarray:
 
 def test_shared_rule_is_refused_where_heads_are_mixed() -> None:
     chosen = specimen(TALKING)
-    options = LINEAR[3].options()
+    options = SHARED_EVIDENCE.options()
     for ask in (
         lambda: class_requests(chosen.loaded, options),
         lambda: explain_batch(chosen.loaded, chosen.images(), options),
@@ -340,7 +365,7 @@ def test_shared_rule_gives_half_to_values_and_half_to_scores() -> None:
     with torch.no_grad():
         model.blocks[0].mlp.fc2.weight.zero_()
     images = _drawn(2, 3, 24, 32)
-    evidence, logits = _evidence_and_logit(model, images, LINEAR[3])
+    evidence, logits = _evidence_and_logit(model, images, SHARED_EVIDENCE)
     weight = model.head.weight[[1, 4]]
     with torch.no_grad():
         x = model.patch_embed(images) + model.pos_embed
@@ -373,7 +398,7 @@ def test_shared_rule_loses_half_of_what_uniform_attention_gathers() -> None:
         model.blocks[0].mlp.fc2.weight.zero_()
         model.blocks[0].attn.qkv.weight[:24] = 0
     images = _drawn(2, 3, 24, 32)
-    evidence, logits = _evidence_and_logit(model, images, LINEAR[3])
+    evidence, logits = _evidence_and_logit(model, images, SHARED_EVIDENCE)
     with torch.no_grad():
         passing = model.head((model.patch_embed(images) + model.pos_embed).mean(dim=1))
     passing = passing[:, [1, 4]].numpy()

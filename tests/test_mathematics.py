@@ -26,7 +26,6 @@ from comparison import (
     RELEVANCE,
     ROLLOUTS,
     SETTINGS,
-    SHARED_EVIDENCE,
     TOLERANCE,
     AnySetting,
     LinearSetting,
@@ -298,9 +297,7 @@ def _real_linear_reference(setting: LinearSetting, class_index: int) -> oracles.
             readout=oracles.class_token(197),
         )
         return oracles.on_grid(tokens, prefix_tokens=1, grid=(14, 14))
-    shared = setting is SHARED_EVIDENCE
-    trace = _real_linear_trace(linear_oracles.SHARED if shared else linear_oracles.VALUE)
-    (image,) = trace.about([class_index])
+    (image,) = _real_linear_trace(setting.rules).about([class_index])
     method = linear_oracles.token_evidence
     tokens = linear_oracles.token_relevance(image) if setting is RELEVANCE else method(image)
     return oracles.on_grid(tokens, prefix_tokens=1, grid=(14, 14))

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import vitviz
 from comparison import (
+    BALANCED,
     EVIDENCE,
     GRADIENTS,
     LINEAR,
@@ -85,7 +86,7 @@ def test_map_of_a_difference_equals_reference(case: TinyCase, setting: AnySettin
     assert error.max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("setting", [EVIDENCE, SHARED_EVIDENCE], ids=str)
+@pytest.mark.parametrize("setting", [EVIDENCE, SHARED_EVIDENCE, *BALANCED], ids=str)
 @each_case
 def test_evidence_of_a_difference_is_the_difference_of_evidence(
     case: TinyCase, setting: LinearSetting

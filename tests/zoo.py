@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import linear_oracles
 import oracles
 from comparison import LINEAR, SHARED_EVIDENCE, AnySetting, LinearSetting, Setting, distance
-from linear_oracles import ImageTrace, LinearTrace
+from linear_oracles import ImageTrace, LinearTrace, Rules
 from oracles import Array
 from vitviz.errors import OptionError
 from vitviz.explaining.batch import explain_batch
@@ -92,7 +92,7 @@ class Specimen:
             setting
             for setting in SETTINGS
             if (self.has_logit or not setting.is_gradient)
-            and not (self.mixes_heads and setting is SHARED_EVIDENCE)
+            and not (self.mixes_heads and setting.is_shared)
         ]
 
     def images(self, count: int = 2) -> Tensor:
@@ -235,7 +235,7 @@ class Specimen:
     @cached_property
     def classes(self) -> list[list[int]]:
         """The classes of each image: one by number, and the one that tokens speak for most."""
-        trace, count = self._linear_traces[0], len(self.trace.logits)
+        trace, count = self._linear_traces[linear_oracles.VALUE], len(self.trace.logits)
         spoken = [
             [linear_oracles.speaking(image).sum() for image in trace.about([index] * count)]
             for index in range(CLASSES)
@@ -273,7 +273,7 @@ class Specimen:
         if setting.name == "classic":
             maps = [self._classic(gradients) for gradients in self.gradients]
         else:
-            traces = self._linear_images[setting.name == "shared"]
+            traces = self._linear_images[setting.rules]
             method = (
                 linear_oracles.token_evidence
                 if setting.is_evidence
@@ -283,15 +283,21 @@ class Specimen:
         return np.stack([np.stack([self._on_grid(each) for each in one]) for one in maps], axis=1)
 
     @cached_property
-    def _linear_traces(self) -> list[LinearTrace]:
+    def _linear_traces(self) -> dict[Rules, LinearTrace]:
         """The linearised network by hand, under each rule."""
-        rules = [linear_oracles.VALUE] + [linear_oracles.SHARED] * (not self.mixes_heads)
-        return [linear_oracles.linear_trace(self.module, self.images(), each) for each in rules]
+        settings = [each for each in self.settings if isinstance(each, LinearSetting)]
+        return {
+            rules: linear_oracles.linear_trace(self.module, self.images(), rules)
+            for rules in dict.fromkeys(each.rules for each in settings)
+        }
 
     @cached_property
-    def _linear_images(self) -> list[list[list[ImageTrace]]]:
+    def _linear_images(self) -> dict[Rules, list[list[ImageTrace]]]:
         """What the formulas ask for: under each rule, for each class, for each image."""
-        return [[trace.about(each) for each in self.classes] for trace in self._linear_traces]
+        return {
+            rules: [trace.about(each) for each in self.classes]
+            for rules, trace in self._linear_traces.items()
+        }
 
     def _classic(self, gradients: list[Array]) -> list[Array]:
         attention, blocks = self.trace.attention, len(self.blocks)

@@ -26,6 +26,7 @@ _HOMES = {
     "Model": "vitviz.models.model",
     "PictureOptions": "vitviz.options",
     "Prediction": "vitviz.explaining.explanation",
+    "ResidualRule": "vitviz.options",
     "VitvizError": "vitviz.errors",
     "attention": "vitviz.api",
     "evaluate": "vitviz.api",

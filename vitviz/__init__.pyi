@@ -17,6 +17,7 @@ from vitviz.options import Fit as Fit
 from vitviz.options import Foreground as Foreground
 from vitviz.options import HeadFusion as HeadFusion
 from vitviz.options import PictureOptions as PictureOptions
+from vitviz.options import ResidualRule as ResidualRule
 from vitviz.python_values import Classes as Classes
 from vitviz.python_values import Images as Images
 from vitviz.python_values import Target as Target
@@ -84,6 +85,7 @@ def evidence(
     classes: Classes = ("top1",),
     versus: Versus = None,
     rule: AttentionRule | str = AttentionRule.VALUE,
+    residual: ResidualRule | str = ResidualRule.PLAIN,
     refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
     value_range: Values = None,

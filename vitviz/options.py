@@ -20,6 +20,7 @@ __all__ = [
     "OutputKind",
     "PictureOptions",
     "Precision",
+    "ResidualRule",
     "ValueRange",
     "Word",
     "real",
@@ -60,6 +61,13 @@ class AttentionRule(Word):
 
     VALUE = "value"
     SHARED = "shared"
+
+
+class ResidualRule(Word):
+    """How evidence passes residual additions on its way back."""
+
+    PLAIN = "plain"
+    BALANCED = "balanced"
 
 
 class Fit(Word):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from vitviz.methods.forward import ForwardPass, Target
 from vitviz.methods.linear_backward import LinearizedBackward
 from vitviz.methods.method import ClassMethod, Method, TokenMap
 from vitviz.methods.refinement import place_back, shifted, shifts
+from vitviz.methods.residuals import BalancedResiduals
 from vitviz.models.attention import Attention
 from vitviz.models.capture import AttentionCapture
 from vitviz.models.labels import ClassRequest, parse_requests
@@ -28,6 +29,8 @@ from vitviz.models.structure import blocks_of, patch_grid, token_norm
 from vitviz.models.wrapping import own_numbers
 
 __all__ = ["BatchMaps", "class_requests", "explain_batch", "predict_batch"]
+
+_Backward = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,8 +156,12 @@ def explain_batch(
     made = shifts(method.refine, model.preprocessing.patch)
     copies = max(1, at_once // len(images))
     images = images.to(model.device)
-    with _named_memory_errors(), _captured(model, method) as capture:
-        work = partial(_explain_part, model, capture, method, requests)
+    with (
+        _named_memory_errors(),
+        _captured(model, method) as capture,
+        _backward(model, method) as backward,
+    ):
+        work = partial(_explain_part, model, capture, backward, method, requests)
         whole = _in_parts(work, images, class_indices, model.layout.tokens)
         maps = [whole.relevance]
         for first in range(1, len(made), copies):
@@ -180,11 +187,15 @@ def _captured(model: Model, method: Method) -> Iterator[AttentionCapture]:
         yield capture
 
 
-def _backward(method: Method) -> AbstractContextManager[object]:
-    """Return what changes the gradients of a method in the thread that enters it."""
-    return (
-        nullcontext() if method.backward_rule is None else LinearizedBackward(method.backward_rule)
-    )
+@contextmanager
+def _backward(model: Model, method: Method) -> Iterator[_Backward]:
+    """Make what changes the gradients of a method in each thread that enters it."""
+    with ExitStack() as stack:
+        residuals = None
+        if method.balances_residuals:
+            residuals = stack.enter_context(BalancedResiduals(blocks_of(model.module)))
+        rule = method.backward_rule
+        yield nullcontext if rule is None else partial(LinearizedBackward, rule, residuals)
 
 
 def _in_parts(
@@ -245,6 +256,7 @@ def predict_batch(
 def _explain_part(
     model: Model,
     capture: AttentionCapture,
+    backward: _Backward,
     method: Method,
     requests: tuple[ClassRequest, ...],
     images: Tensor,
@@ -255,6 +267,7 @@ def _explain_part(
     Args:
         model: The model.
         capture: What records it.
+        backward: Makes what changes its gradients.
         method: The method, with its options.
         requests: The classes that are asked for.
         images: (images, 3, height, width).
@@ -263,7 +276,7 @@ def _explain_part(
     explains_class = method.explains_class
     targets = scores = None
     with own_numbers(), torch.set_grad_enabled(explains_class):
-        output, forward = _run(model, capture, method, images)
+        output, forward = _run(model, capture, backward, method, images)
         logits = output.detach().float().cpu() if model.num_classes else torch.empty(len(images), 0)
         if explains_class:
             _expect_logits(model, output)
@@ -293,10 +306,10 @@ def _explain_part(
 
 
 def _run(
-    model: Model, capture: AttentionCapture, method: Method, images: Tensor
+    model: Model, capture: AttentionCapture, backward: _Backward, method: Method, images: Tensor
 ) -> tuple[Tensor, ForwardPass]:
     """Run the model; return its output and what a method needs of the way there."""
-    with capture.recording(), _backward(method):
+    with capture.recording(), backward():
         output = model.output(images)
         records = capture.take(model.layout.calls)[method.first_block :]
         forward = ForwardPass(

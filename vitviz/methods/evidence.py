@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vitviz.errors import OptionError
 from vitviz.methods.method import ClassMethod, Method, TokenMap, option
-from vitviz.options import AttentionRule, Colormap
+from vitviz.options import AttentionRule, Colormap, ResidualRule
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.methods.forward import ForwardPass, Target
@@ -26,6 +26,7 @@ class Evidence(ClassMethod):
 
     Attributes:
         rule: How evidence passes attention on its way back.
+        residual: How it passes residual additions.
     """
 
     name: ClassVar[str] = "evidence"
@@ -42,6 +43,14 @@ class Evidence(ClassMethod):
         doc="How evidence passes attention: ``value`` or ``shared``; see ``linear_backward``.",
     )
 
+    residual: ResidualRule = option(
+        ResidualRule.PLAIN,
+        "Balance evidence that cancels in residual connections, for sharper outlines, or pass it "
+        "as it is.",
+        doc="How evidence passes residual connections: ``balanced`` or ``plain``; see "
+        "``residuals``.",
+    )
+
     @classmethod
     def variants(cls) -> Mapping[str, Method]:
         """Return what ``evaluate`` compares of this method, by name."""
@@ -51,6 +60,11 @@ class Evidence(ClassMethod):
     def backward_rule(self) -> AttentionRule | None:
         """How the linearised backward pass treats attention."""
         return self.rule
+
+    @property
+    def balances_residuals(self) -> bool:
+        """Whether the linearised backward pass balances residual additions."""
+        return self.residual is ResidualRule.BALANCED
 
     def require_model(self, model: Model) -> None:
         """Refuse ``shared`` where the values are not seen; raises ``OptionError``."""

@@ -3,7 +3,8 @@
 Forward values stay as they are, to the bit. On the way back three things count as constants: the
 standard deviation in a normalisation (the subtraction of the mean stays), the gate act(x)/x of an
 activation, and the attention probabilities. All are function calls, so a torch function mode
-applies them to any model without knowing its modules.
+applies them to any model without knowing its modules. Residual additions can be balanced besides:
+see ``residuals``.
 
 Sources: Ali et al. 2022, "XAI for Transformers: Better Explanations through Conservative
 Propagation" (arXiv 2202.07304); Achtibat et al. 2024, "AttnLRP" (arXiv 2402.05602); Mehri et al.
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vitviz.methods.residuals import ADDITIONS, BalancedResiduals
 from vitviz.options import AttentionRule
 
 __all__ = ["LinearizedBackward"]
@@ -41,16 +43,18 @@ class LinearizedBackward(TorchFunctionMode):
     It belongs to the thread that enters it.
     """
 
-    def __init__(self, rule: AttentionRule) -> None:
-        """Choose how relevance passes attention.
+    def __init__(self, rule: AttentionRule, residuals: BalancedResiduals | None = None) -> None:
+        """Choose how relevance passes attention and residual additions.
 
         Args:
             rule: ``value``: probabilities are constants, all goes to the values. ``shared``: half
                 goes to the values, a quarter each to queries and keys; not for attention that a
                 module computes itself, whose values are not seen.
+            residuals: What balances residual additions; None: their operands get equal gradients.
         """
         super().__init__()
         self._rule = rule
+        self._residuals = residuals
 
     def __torch_function__(
         self,
@@ -63,6 +67,8 @@ class LinearizedBackward(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if self._residuals is not None and func in ADDITIONS:
+            return self._residuals.add(func, *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attend(func, *args, **kwargs)
         if func is F.layer_norm:

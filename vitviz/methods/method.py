@@ -160,6 +160,11 @@ class Method(ABC):
         return None
 
     @property
+    def balances_residuals(self) -> bool:
+        """Whether that backward pass also balances residual additions; see ``residuals``."""
+        return False
+
+    @property
     def extent(self) -> tuple[float, float] | None:
         """What is drawn coldest and hottest; None: the least and the most of each map."""
         return None
