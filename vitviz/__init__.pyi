@@ -85,7 +85,7 @@ def evidence(
     classes: Classes = ("top1",),
     versus: Versus = None,
     rule: AttentionRule | str = AttentionRule.VALUE,
-    residual: ResidualRule | str = ResidualRule.PLAIN,
+    residual: ResidualRule | str = ResidualRule.BALANCED,
     refine: int = 1,
     fit: Fit | str = Fit.SQUASH,
     value_range: Values = None,

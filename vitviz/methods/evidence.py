@@ -44,7 +44,7 @@ class Evidence(ClassMethod):
     )
 
     residual: ResidualRule = option(
-        ResidualRule.PLAIN,
+        ResidualRule.BALANCED,
         "Balance evidence that cancels in residual connections, for sharper outlines, or pass it "
         "as it is.",
         doc="How evidence passes residual connections: ``balanced`` or ``plain``; see "
@@ -54,7 +54,11 @@ class Evidence(ClassMethod):
     @classmethod
     def variants(cls) -> Mapping[str, Method]:
         """Return what ``evaluate`` compares of this method, by name."""
-        return {cls.name: cls(), f"{cls.name}-shared": cls(rule=AttentionRule.SHARED)}
+        return {
+            cls.name: cls(),
+            f"{cls.name}-shared": cls(rule=AttentionRule.SHARED),
+            f"{cls.name}-plain": cls(residual=ResidualRule.PLAIN),
+        }
 
     @property
     def backward_rule(self) -> AttentionRule | None:
