@@ -75,7 +75,7 @@ def written(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained_in_threads(seed: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    monkeypatch.setattr(room, "_painters", ThreadPoolExecutor)
+    monkeypatch.setattr(room, "painters", ThreadPoolExecutor)
     return train(seed, ROUNDS).state_dict()
 
 
@@ -168,7 +168,7 @@ def test_mirrored_image_keeps_labels_on_their_patches() -> None:
     cells = torch.arange(9 * 64).reshape(64, 3, 3) % 9
     images = cells.to(torch.uint8).repeat_interleave(8, 1).repeat_interleave(8, 2)
     shifts = torch.tensor([0, 50, 100], dtype=torch.uint8)  # tells channels apart
-    batch = room._Examples(images[..., None] + shifts, torch.zeros(64, 8), cells)
+    batch = room.Examples(images[..., None] + shifts, torch.zeros(64, 8), cells)
     varied = room._varied(batch)
     plain = varied.images.sort(dim=3).values
     assert torch.equal(plain[:, ::8, ::8, 0].long(), varied.cells)
@@ -199,7 +199,7 @@ def test_no_scene_to_learn_from_is_a_held_out_one(
 
     monkeypatch.setattr(room, "paint_scene", noted)
     monkeypatch.setattr(room, "_report", lambda model: "")  # which looks at held-out ones
-    monkeypatch.setattr(room, "_painters", ThreadPoolExecutor)
+    monkeypatch.setattr(room, "painters", ThreadPoolExecutor)
     train(seed, SHORT)
     assert {stream for stream, _ in painted} == {seed + 1} != {HELD_OUT}  # a stream for each seed
     assert len(set(painted)) == len(painted) == sum(stage.scenes for stage in SHORT)

@@ -35,7 +35,7 @@ from tests.demo_model.muon import Muon
 from tests.demo_model.scenes import SceneStyle, as_input, paint_scene
 from vitviz.models.model import load_model
 
-__all__ = ["CURRICULUM", "Round", "train"]
+__all__ = ["CURRICULUM", "Examples", "Round", "as_tensor", "batches", "paint", "painters", "train"]
 
 _HOME = Path(vitviz.__file__).parent / "demo"
 _BATCH = 32
@@ -85,7 +85,7 @@ CURRICULUM = (
 """Small simple scenes first: there a step costs a third, and shapes are found sooner."""
 
 
-class _Examples(NamedTuple):
+class Examples(NamedTuple):
     """Scenes to learn from.
 
     Attributes:
@@ -111,15 +111,15 @@ def train(seed: int, curriculum: tuple[Round, ...] = CURRICULUM) -> VisionTransf
     """
     torch.manual_seed(seed)
     learner = _Learner()
-    with _progress() as progress, _painters() as painters:
+    with _progress() as progress, painters() as pool:
         task = progress.add_task("Training", total=sum(s.steps for s in curriculum), loss=math.nan)
         first = 0
         for stage in curriculum:
             progress.update(task, description="Painting")
-            scenes = _paint(painters, stage, stream=seed + 1, first=first)
+            scenes = paint(pool, stage, stream=seed + 1, first=first)
             first += stage.scenes
             progress.update(task, description="Training")
-            for step, batch in enumerate(_batches(scenes, stage.passes)):
+            for step, batch in enumerate(batches(scenes, stage.passes)):
                 start, end = stage.rates
                 rate = start + (end - start) * step / stage.steps
                 progress.update(task, advance=1, loss=learner.learn(batch, rate))
@@ -141,7 +141,7 @@ class _Learner:
         self._optimizers = _optimizers(model, self._token_head)
         self._steps = 0
 
-    def learn(self, batch: _Examples, rate: float) -> float:
+    def learn(self, batch: Examples, rate: float) -> float:
         """Take one step.
 
         Args:
@@ -152,7 +152,7 @@ class _Learner:
         Returns:
             The mean binary cross-entropy of the classes, before the step.
         """
-        tokens = _tokens(self._model, _as_tensor(batch.images))
+        tokens = _tokens(self._model, as_tensor(batch.images))
         class_loss = binary_cross_entropy_with_logits(
             self._model.forward_head(tokens), batch.labels
         )
@@ -178,7 +178,7 @@ class _Learner:
         return model.eval()
 
 
-def _as_tensor(images: Tensor) -> Tensor:
+def as_tensor(images: Tensor) -> Tensor:
     """Turn uint8 RGB images (batch, height, width, 3) into model input, channels first."""
     return (images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
@@ -218,17 +218,18 @@ def _optimizers(model: VisionTransformer, token_head: nn.Linear) -> tuple[Optimi
     return Muon(matrices), adam
 
 
-def _painters() -> ProcessPoolExecutor:
+def painters() -> ProcessPoolExecutor:
+    """Return processes that paint scenes side by side."""
     # Spawned, not forked: a fork of a process whose torch threads run may hang.
     return ProcessPoolExecutor(mp_context=get_context("spawn"))
 
 
-def _paint(painters: Executor, stage: Round, *, stream: int, first: int) -> _Examples:
+def paint(pool: Executor, stage: Round, *, stream: int, first: int) -> Examples:
     """Paint a round's scenes."""
     seeds = range(first, first + stage.scenes)
-    paint = partial(_example, size=stage.size, style=stage.style, stream=stream)
-    columns = zip(*painters.map(paint, seeds, chunksize=64), strict=True)
-    return _Examples(*(torch.from_numpy(np.stack(column)) for column in columns))
+    one = partial(_example, size=stage.size, style=stage.style, stream=stream)
+    columns = zip(*pool.map(one, seeds, chunksize=64), strict=True)
+    return Examples(*(torch.from_numpy(np.stack(column)) for column in columns))
 
 
 def _example(
@@ -245,14 +246,15 @@ def _cells(mask: NDArray[np.uint8], side: int) -> NDArray[np.int64]:
     return np.where(shares.max(axis=0) >= 0.2, shares.argmax(axis=0) + 1, 0)
 
 
-def _batches(scenes: _Examples, passes: int) -> Iterator[_Examples]:
+def batches(scenes: Examples, passes: int) -> Iterator[Examples]:
+    """Yield scenes in random order, varied anew each time, as often as there are passes."""
     for _ in range(passes):
         order = torch.randperm(len(scenes.images))
         for chosen in order[: len(order) // _BATCH * _BATCH].reshape(-1, _BATCH):
-            yield _varied(_Examples(*(column[chosen] for column in scenes)))
+            yield _varied(Examples(*(column[chosen] for column in scenes)))
 
 
-def _varied(batch: _Examples) -> _Examples:
+def _varied(batch: Examples) -> Examples:
     """Mirror and swap the colours of each image at random."""
     count = len(batch.images)
     mirrored = torch.rand(count, 1, 1) < 0.5
@@ -260,7 +262,7 @@ def _varied(batch: _Examples) -> _Examples:
     cells = torch.where(mirrored, batch.cells.flip(2), batch.cells)
     channels = torch.rand(count, 3).argsort(dim=1)
     images = images.gather(3, channels[:, None, None].expand_as(images))
-    return _Examples(images, batch.labels, cells)
+    return Examples(images, batch.labels, cells)
 
 
 def _progress() -> Progress:
