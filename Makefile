@@ -60,7 +60,7 @@ coverage: .venv/coverage  ## tell which lines and branches no test runs
 	@touch $@
 
 zoo: setup  ## prove the maps of every model of timm that is supported (long)
-	$(BIN)/python -m pytest -q -s tests/sweep_zoo.py
+	$(BIN)/python -m pytest -q -s tests/sweep_zoo.py tests/sweep_stages.py
 
 bench: .venv/benchmark  ## measure speed and memory against plain forwards (long; BENCH=--quick)
 	$(BIN)/python -m tests.bench $(BENCH)

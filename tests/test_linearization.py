@@ -30,10 +30,10 @@ from comparison import (
 from tiny import CASES, TinyCase
 from vitviz.errors import OptionError
 from vitviz.explaining.batch import class_requests, explain_batch
-from vitviz.methods.linear_backward import LinearizedBackward
-from vitviz.methods.residuals import BalancedResiduals
 from vitviz.models.capture import AttentionCapture
+from vitviz.models.linear_backward import LinearizedBackward
 from vitviz.models.model import load_model
+from vitviz.models.residuals import BalancedResiduals
 from vitviz.models.structure import blocks_of
 from vitviz.options import AttentionRule
 from zoo import Specimen, collect

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import linear_oracles
-from vitviz.methods.linear_backward import LinearizedBackward
-from vitviz.methods.residuals import BalancedResiduals
+from vitviz.models.linear_backward import LinearizedBackward
+from vitviz.models.residuals import BalancedResiduals
 from vitviz.options import AttentionRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")

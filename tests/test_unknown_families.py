@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from fixtures_io import tiny_module
 from vitviz.errors import UnsupportedModelError
+from vitviz.explaining.batch import class_requests
+from vitviz.methods.rollout import Rollout
 from vitviz.models.model import load_model
 from vitviz.models.tokens import Readout
 
@@ -478,7 +480,7 @@ def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
 
 def _assert_refused(model: nn.Module, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
-        load_model(model, device="cpu")
+        class_requests(load_model(model, device="cpu"), Rollout())
     message = str(caught.value)
     assert message.startswith(type(model).__name__)
     assert "\n" not in message

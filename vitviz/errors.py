@@ -15,6 +15,7 @@ __all__ = [
     "OutputError",
     "SourceError",
     "UnsupportedModelError",
+    "evidence_instead",
     "VitvizError",
     "WeightsError",
     "first_line",
@@ -84,3 +85,8 @@ def first_line(error: object) -> str:
     """Return the first line of what an error says, or its name."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def evidence_instead(reason: str) -> str:
+    """Say why a model has no attention maps that chain, and that evidence needs none."""
+    return f"{reason}; or use evidence, which needs no attention maps"

@@ -202,7 +202,7 @@ def _models(
         raise OptionError(f"no model's name has {pattern!r}; try a part of it, like deit or dinov2")
     with until_reader_leaves():
         for name, support in survey_models(names):
-            if support.rollout or not supported:
+            if support.any or not supported:
                 line = json.dumps({"name": name, **asdict(support)}) if as_json else None
                 typer.echo(line or f"{name}: {support.describe()}")
 

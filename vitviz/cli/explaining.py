@@ -55,7 +55,7 @@ def explain_images(
 
     job = _job(run, method)
     found = find(run)
-    refuse_cheap_mistakes(run, found)
+    refuse_cheap_mistakes(run, found, method)
     prepare_folder(run.output)
     reporter, model = load(run, found)
 

@@ -11,17 +11,25 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from vitviz.cli.options import SharedOptions
 from vitviz.cli.surroundings import require_working_directory
-from vitviz.errors import ImageError, OptionError, SourceError, printable
+from vitviz.errors import (
+    ImageError,
+    OptionError,
+    SourceError,
+    UnsupportedModelError,
+    evidence_instead,
+    printable,
+)
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.cli.reporter import Reporter
     from vitviz.images.sources import Source
+    from vitviz.methods.method import Method
     from vitviz.models.model import Model
 
 __all__ = [
@@ -74,12 +82,14 @@ def _arguments(words: Iterable[str], separator: str) -> Iterator[str | Path]:
             yield word
 
 
-def refuse_cheap_mistakes(run: SharedOptions, found: Found) -> None:
+def refuse_cheap_mistakes(run: SharedOptions, found: Found, method: Method | None = None) -> None:
     """Find what is sure to fail before torch is loaded and weights are looked for."""
     from vitviz.images.decoding import require_readable
 
     if run.model is not None:
-        require_known(run.model)
+        known = require_known(run.model)
+        if method and method.needs_attention and known.get("stages"):
+            raise UnsupportedModelError(evidence_instead(known["reason"]))
     if run.as_json:  # a record tells of the model, too
         return
     failures: list[str] = []
@@ -95,13 +105,17 @@ def refuse_cheap_mistakes(run: SharedOptions, found: Found) -> None:
     raise typer.Exit(1)
 
 
-def require_known(model: str) -> None:
-    """Make sure, without timm, that it has a model of this name; if its names are known."""
+def require_known(model: str) -> dict[str, Any]:
+    """Make sure, without timm, that it has a model of this name; if its names are known.
+
+    Returns:
+        What is known of it, the fields of its ``Support``; empty where nothing is.
+    """
     from vitviz.models.census import known_models
     from vitviz.models.names import require_name
 
-    if known := known_models():
-        require_name(model, known)
+    known = known_models()
+    return known.get(require_name(model, known), {}) if known else {}
 
 
 def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:

@@ -11,20 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitviz.errors import CaptureError, LabelError, OptionError, UnsupportedModelError
+from vitviz.errors import (
+    CaptureError,
+    LabelError,
+    OptionError,
+    UnsupportedModelError,
+    evidence_instead,
+)
 from vitviz.explaining.parallel import map_parts
 from vitviz.explaining.targets import require_target, scores_of, targets_of, without_equals
 from vitviz.methods.diagnostics import outlier_tokens, prefix_attention
 from vitviz.methods.forward import ForwardPass, Target
-from vitviz.methods.linear_backward import LinearizedBackward
 from vitviz.methods.method import ClassMethod, Method, TokenMap
 from vitviz.methods.refinement import place_back, shifted, shifts
-from vitviz.methods.residuals import BalancedResiduals
 from vitviz.models.attention import Attention
 from vitviz.models.capture import AttentionCapture
 from vitviz.models.labels import ClassRequest, parse_requests
+from vitviz.models.layouts import all_blocks
+from vitviz.models.linear_backward import LinearizedBackward
 from vitviz.models.model import Model
 from vitviz.models.prepared import prepared
+from vitviz.models.residuals import BalancedResiduals
+from vitviz.models.stages import StageCapture, StageLayout
 from vitviz.models.structure import blocks_of, patch_grid, token_norm
 from vitviz.models.wrapping import own_numbers
 
@@ -89,6 +97,7 @@ def class_requests(
             is no logit to take gradients of, or the method is not defined for the model.
         LabelError: A class request fits no class of the model.
     """
+    _require_attention(model, method)
     if method.first_block >= model.layout.blocks:
         raise OptionError(
             f"--start-layer is {method.first_block}, but {model.name} has {model.layout.blocks} "
@@ -109,6 +118,19 @@ def class_requests(
     if not requests:
         raise LabelError("no class asked for; give an index, a label or top1")
     return requests
+
+
+def _require_attention(model: Model, method: Method) -> None:
+    """Make sure that a model has the attention maps that a method needs."""
+    if not isinstance(model.layout, StageLayout):
+        return
+    if method.needs_attention:
+        raise UnsupportedModelError(evidence_instead(model.layout.reason))
+    if method.refine > 1:
+        raise OptionError(
+            f"--refine is {method.refine}, but {model.name} is no plain ViT, whose patches are the "
+            "places of maps; leave it out"
+        )
 
 
 def _own_request(
@@ -175,9 +197,13 @@ def explain_batch(
 
 
 @contextmanager
-def _captured(model: Model, method: Method) -> Iterator[AttentionCapture]:
+def _captured(model: Model, method: Method) -> Iterator[AttentionCapture | StageCapture]:
     """Capture what a method needs."""
     blocks = blocks_of(model.module)
+    if isinstance(model.layout, StageLayout):
+        with StageCapture(model.module, model.layout) as stages:
+            yield stages
+        return
     with AttentionCapture(
         model.module,
         first_gradient=method.first_block if method.needs_attention_gradients else None,
@@ -193,7 +219,9 @@ def _backward(model: Model, method: Method) -> Iterator[_Backward]:
     with ExitStack() as stack:
         residuals = None
         if method.balances_residuals:
-            residuals = stack.enter_context(BalancedResiduals(blocks_of(model.module)))
+            residuals = stack.enter_context(
+                BalancedResiduals(all_blocks(model.module, model.layout))
+            )
         rule = method.backward_rule
         yield nullcontext if rule is None else partial(LinearizedBackward, rule, residuals)
 
@@ -255,7 +283,7 @@ def predict_batch(
 
 def _explain_part(
     model: Model,
-    capture: AttentionCapture,
+    capture: AttentionCapture | StageCapture,
     backward: _Backward,
     method: Method,
     requests: tuple[ClassRequest, ...],
@@ -285,8 +313,7 @@ def _explain_part(
             found = _of_scores(method, forward, scores)
         else:
             found = [method.compute(forward, None)]
-        readout = forward.layout.readout_weights(forward.records[0].shape[-1])
-        prefix = prefix_attention(forward.blocks, readout, model.layout.prefix_tokens)
+        prefix = _prefix_attention(forward, len(images))
     products = [each.gradient_norm_product for each in found]
     relevance = torch.stack([_on_grid(forward, each.relevance) for each in found], dim=1)
     return BatchMaps(
@@ -306,7 +333,11 @@ def _explain_part(
 
 
 def _run(
-    model: Model, capture: AttentionCapture, backward: _Backward, method: Method, images: Tensor
+    model: Model,
+    capture: AttentionCapture | StageCapture,
+    backward: _Backward,
+    method: Method,
+    images: Tensor,
 ) -> tuple[Tensor, ForwardPass]:
     """Run the model; return its output and what a method needs of the way there."""
     with capture.recording(), backward():
@@ -323,6 +354,14 @@ def _run(
             norm=token_norm(model.module),
         )
     return output, forward
+
+
+def _prefix_attention(forward: ForwardPass, images: int) -> Tensor:
+    """Compute the share of attention (images) that goes to prefix tokens."""
+    if isinstance(forward.layout, StageLayout):
+        return torch.zeros(images)
+    readout = forward.layout.readout_weights(forward.records[0].shape[-1])
+    return prefix_attention(forward.blocks, readout, forward.layout.prefix_tokens)
 
 
 def _of_scores(method: Method, forward: ForwardPass, scores: Tensor) -> list[TokenMap]:
@@ -344,6 +383,8 @@ def _expect_logits(model: Model, output: Tensor) -> None:
 
 def _expect_grid(model: Model, records: Sequence[Attention], images: Tensor) -> tuple[int, int]:
     """Make sure that all blocks attend from all tokens to all; return the patches' (rows, cols)."""
+    if isinstance(model.layout, StageLayout):
+        return model.layout.grid
     tokens = records[0].shape[-1]
     blocks = records[: len(records) - model.layout.tail]
     if any(record.shape[2:] != (tokens, tokens) for record in blocks):

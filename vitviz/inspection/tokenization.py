@@ -29,7 +29,7 @@ def measure_tokenization(traced: TracedModel, support: Support) -> Tokenization:
         if shape and use.step < traced.blocks_begin and use.constant_shape[-1] == shape[-1]
     )
     patches = measure_patch_embedding(traced, None if tokens is None else tokens - front)
-    if patches and patches.grid is None and support.grid:
+    if patches and patches.grid is None and support.rollout and support.grid:
         patches = replace(patches, grid=support.grid)
     home = patches.name if patches else None
     norms = [

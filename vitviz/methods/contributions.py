@@ -12,25 +12,21 @@ from vitviz.models.attention import at_least_float32
 __all__ = ["mean_share", "signed_evidence"]
 
 
-def signed_evidence(tokens: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Average over block inputs x the evidence Σ over channels of x ⊙ ∂y/∂x, sign kept.
+def signed_evidence(tokens: Tensor, gradient: Tensor) -> Tensor:
+    """Compute the evidence Σ over channels of x ⊙ ∂y/∂x, sign kept.
 
     Of a linear network without biases, the evidence of all tokens sums to y.
 
     Args:
-        tokens: x of each block, (batch, tokens, channels).
-        gradients: ∂y/∂x of each.
+        tokens: x, (batch, tokens, channels).
+        gradient: ∂y/∂x.
 
     Returns:
         (batch, tokens).
     """
     # Under the linearised backward pass ∂y/∂x is the linear map from tokens to logit, so x ⊙ ∂y/∂x
-    # splits the logit into contributions; each block's input gives one such split.
-    evidence = [
-        (at_least_float32(each.detach()) * at_least_float32(gradient)).sum(dim=-1)
-        for each, gradient in zip(tokens, gradients, strict=True)
-    ]
-    return torch.stack(evidence).mean(dim=0)
+    # splits the logit into contributions; the tokens at each depth give one such split.
+    return (at_least_float32(tokens.detach()) * at_least_float32(gradient)).sum(dim=-1)
 
 
 def mean_share(relevances: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,8 @@ class Evidence(ClassMethod):
     """Signed evidence for a class: x ⊙ ∂y/∂x at all blocks, with a linearised backward pass.
 
     The mean over block inputs x of Σ over channels of x ⊙ ∂y/∂x, sign kept: above 0 speaks for
-    the class, below 0 against it. See ``linear_backward`` for the rules and their sources.
+    the class, below 0 against it; in a model of several stages, over their outputs, on one grid.
+    See ``linear_backward`` for the rules and their sources.
 
     Attributes:
         rule: How evidence passes attention on its way back.
@@ -36,6 +37,7 @@ class Evidence(ClassMethod):
     is_signed: ClassVar[bool] = True
     colormap: ClassVar[Colormap] = Colormap.REDBLUE
     needs_block_inputs: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = False
 
     rule: AttentionRule = option(
         AttentionRule.VALUE,
@@ -73,7 +75,13 @@ class Evidence(ClassMethod):
     def require_model(self, model: Model) -> None:
         """Refuse ``shared`` where the values are not seen; raises ``OptionError``."""
         from vitviz.models.capture import own_attention
+        from vitviz.models.stages import StageLayout
 
+        if self.rule is AttentionRule.SHARED and isinstance(model.layout, StageLayout):
+            raise OptionError(
+                f"--rule is shared, but what shares evidence in {model.name} is not known, since "
+                "it is no plain ViT; use --rule value"
+            )
         if self.rule is AttentionRule.SHARED and own_attention(model.module.modules()):
             raise OptionError(
                 f"--rule is shared, but {model.name} mixes its heads after the softmax (talking "
@@ -81,13 +89,14 @@ class Evidence(ClassMethod):
             )
 
     def compute(self, forward: ForwardPass, target: Target | None) -> TokenMap:
-        """Average evidence (batch, tokens) over the inputs of all blocks."""
+        """Average evidence (batch, tokens) over the inputs of all blocks, or over all stages."""
         from vitviz.methods.contributions import signed_evidence
         from vitviz.methods.diagnostics import gradient_norm_product
 
         assert target is not None
-        inputs = forward.tokens[:-1]
-        gradients = target.gradients(inputs)
+        depths = forward.depths
+        gradients = target.gradients(depths)
+        evidence = list(map(signed_evidence, depths, gradients))
         return TokenMap(
-            signed_evidence(inputs, gradients), gradient_norm_product(inputs[-1], gradients[-1])
+            forward.layout.average(evidence), gradient_norm_product(depths[-1], gradients[-1])
         )

@@ -12,6 +12,7 @@ from vitviz.methods.fusion import Fusion
 from vitviz.methods.row_form import attention_rollout, pooled_readout
 from vitviz.models.attention import Attention
 from vitviz.models.capture import output_gradients
+from vitviz.models.stages import StageLayout
 from vitviz.models.tokens import TokenLayout
 
 __all__ = ["ForwardPass", "Target"]
@@ -22,18 +23,18 @@ class ForwardPass:
     """What a capture saw of a forward pass of a batch.
 
     Attributes:
-        layout: The model's tokens.
+        layout: The model's tokens, or the places of its stages.
         records: Attention of the blocks that take part and, behind it, of the calls that pool
             the tokens after them.
         tokens: (batch, tokens, channels) before and after the last block; for a method that
-            needs block inputs, before and after each.
-        grid: (rows, cols) of the patch tokens.
+            needs block inputs, before and after each. Of a model of several stages, after each.
+        grid: (rows, cols) of maps.
         dtype: Of the numbers that maps are computed with.
         device: Where the model is.
         norm: The model's normalisation of all tokens behind the blocks; None without one.
     """
 
-    layout: TokenLayout
+    layout: TokenLayout | StageLayout
     records: Sequence[Attention]
     tokens: Sequence[Tensor]
     grid: tuple[int, int]
@@ -46,6 +47,11 @@ class ForwardPass:
         """Attention of the blocks that take part, in execution order."""
         return self.records[: len(self.records) - self.layout.tail]
 
+    @property
+    def depths(self) -> Sequence[Tensor]:
+        """Tokens (batch, tokens, channels) at depths that all passes on its way to the head."""
+        return self.tokens if isinstance(self.layout, StageLayout) else self.tokens[:-1]
+
     def readout(self, fusions: Sequence[Fusion]) -> Tensor:
         """Compute w (batch, tokens), the weights with which the model's head pools tokens.
 
@@ -56,6 +62,7 @@ class ForwardPass:
         batch, _, _, tokens = self.blocks[-1].shape
         if self.layout.tail:
             return pooled_readout(fusions[len(self.blocks) :], tokens)
+        assert isinstance(self.layout, TokenLayout)  # others have no blocks that attend
         weights = self.layout.readout_weights(tokens)
         return weights.to(self.device, self.dtype).expand(batch, tokens)
 

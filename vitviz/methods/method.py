@@ -103,6 +103,7 @@ class Method(ABC):
         colormap: Colours of its pictures by default.
         axes: What its maps are laid out along.
         follows_attention: Whether its maps show where attention goes.
+        needs_attention: Whether it chains or shows attention maps, which plain ViTs alone have.
         needs_attention_gradients: Whether attention outputs must be differentiable, from
             ``first_block`` on.
         needs_block_inputs: Whether the tokens that enter each block must be kept, and
@@ -117,6 +118,7 @@ class Method(ABC):
     colormap: ClassVar[Colormap] = Colormap.TURBO
     axes: ClassVar[tuple[str, ...]] = ("rows", "cols")
     follows_attention: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = True
     needs_attention_gradients: ClassVar[bool] = False
     needs_block_inputs: ClassVar[bool] = False
 

@@ -115,7 +115,7 @@ class Relevance(ClassMethod):
         behind = forward.tokens[-1]
         *gradients, of_tokens = target.gradients([*outputs, behind])
         # Start: what speaks for the class behind the last block finds the readout by itself.
-        start = mean_share([signed_evidence([behind], [of_tokens]).relu_()])
+        start = mean_share([signed_evidence(behind, of_tokens).relu_()])
         fusions = list(map(fuse_positive, forward.blocks, gradients))
         # r ← r + r·E: in front of each block, r is the map that starts there.
         carried = gradient_relevance(forward.blocks, fusions, start, weigh_values=True)

@@ -16,9 +16,11 @@ import vitviz
 from vitviz.errors import UnsupportedModelError
 from vitviz.models.building import build_skeleton
 from vitviz.models.census import known_models, read_answers, write_census, written_answers
+from vitviz.models.layouts import read_any_layout
 from vitviz.models.preprocessing import preprocessing_of
+from vitviz.models.stages import StageLayout
 from vitviz.models.structure import has_classifier
-from vitviz.models.tokens import Readout, read_layout
+from vitviz.models.tokens import Readout
 
 __all__ = ["Support", "find_models", "judge", "main", "support_of", "survey_models"]
 
@@ -30,6 +32,7 @@ class Support:
     Attributes:
         rollout: Whether attention rollout is defined for it, and raw attention.
         grad_rollout: Whether gradient attention rollout is, and all that explains a class.
+        stages: Number of stages, of a model that evidence alone explains; 0 for others.
         reason: Why not, where one is not.
         readout: Which tokens the relevance is read for.
         prefix: Its prefix tokens in words.
@@ -42,12 +45,21 @@ class Support:
     readout: str | None = None
     prefix: str | None = None
     grid: tuple[int, int] | None = None
+    stages: int = 0
+
+    @property
+    def any(self) -> bool:
+        """Whether any method is defined for it."""
+        return self.rollout or bool(self.stages)
 
     def describe(self) -> str:
         """Say it in one line."""
+        rows, cols = self.grid or (0, 0)
+        if self.stages:
+            where = f"{self.stages} stages; maps of {rows} × {cols} cells"
+            return f"evidence only, from {where}, if its weights stand the proof: {self.reason}"
         if not self.rollout:
             return f"not supported: {self.reason}"
-        rows, cols = self.grid or (0, 0)
         pooled = self.readout == Readout.ATTENTION_POOLING.value
         what = "its tokens by attention pooling" if pooled else f"the {self.readout}"
         reads = f"reads {what} (prefix tokens: {self.prefix})"
@@ -65,10 +77,18 @@ def support_of(module: nn.Module, input_size: tuple[int, int]) -> Support:
         input_size: (height, width) of its images.
     """
     try:
-        layout = read_layout(module, input_size)
+        layout = read_any_layout(module, input_size)
     except UnsupportedModelError as error:
         return Support(rollout=False, grad_rollout=False, reason=str(error))
     has_logits = has_classifier(module)
+    if isinstance(layout, StageLayout):
+        return Support(
+            rollout=False,
+            grad_rollout=False,
+            reason=layout.reason,
+            grid=layout.grid if has_logits else None,
+            stages=layout.blocks if has_logits else 0,
+        )
     return Support(
         rollout=True,
         grad_rollout=has_logits,
@@ -143,7 +163,7 @@ def _remember(cache: Path, learned: dict[str, Support]) -> None:
 
 def _written(answers: Mapping[str, Support]) -> str:
     fields = {
-        name: {key: value for key, value in asdict(support).items() if value is not None}
+        name: {key: value for key, value in asdict(support).items() if value not in (None, 0)}
         for name, support in answers.items()
     }
     return written_answers(fields, timm.__version__)

@@ -18,6 +18,7 @@ from vitviz.models.building import LoadedModule, build_model, build_skeleton
 from vitviz.models.checkpoints import digest_weights, require_finite
 from vitviz.models.devices import select_device
 from vitviz.models.labels import Labels, is_label, read_labels
+from vitviz.models.layouts import Layout, prove_layout, read_any_layout
 from vitviz.models.names import DEFAULT, resolve_name
 from vitviz.models.origins import disagreement, model_stated
 from vitviz.models.preprocessing import (
@@ -27,7 +28,6 @@ from vitviz.models.preprocessing import (
     preprocessing_of,
 )
 from vitviz.models.prompts import embed_prompts, phrases, require_open_clip
-from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.record import ModelRecord, versions
 from vitviz.models.structure import has_classifier, input_channels, pretrained_config
 from vitviz.models.text import (
@@ -36,7 +36,6 @@ from vitviz.models.text import (
     with_learnt_scale,
     with_text,
 )
-from vitviz.models.tokens import TokenLayout, read_layout
 from vitviz.models.translation import object_config, translate_object
 from vitviz.models.weight_files import WeightFile
 from vitviz.models.wrapping import logits_of, make_ordinary, own_numbers, unwrapped
@@ -62,7 +61,7 @@ class Model:
         module: The timm model.
         name: Its timm name, with the tag of its weights.
         weights: Where the weights come from, in words.
-        layout: Its tokens and readout.
+        layout: Its tokens and readout; of a model without attention maps that chain, its stages.
         preprocessing: What it expects of images.
         labels: The names of its classes.
         num_classes: Number of logits; 0 for a model without a head.
@@ -74,7 +73,7 @@ class Model:
     module: nn.Module
     name: str
     weights: str
-    layout: TokenLayout
+    layout: Layout
     preprocessing: Preprocessing
     labels: Labels
     num_classes: int
@@ -182,7 +181,7 @@ def load_model(
     Raises:
         OptionError: An option is not usable, or a file does not say which model it is for.
         ModelError: There is no such model, or it cannot be built as asked.
-        UnsupportedModelError: Rollout is not defined for this model.
+        UnsupportedModelError: No method is defined for this model.
         WeightsError: Its weights are missing or do not fit.
         LabelError: The label file does not fit.
         DeviceError: The device is not on this machine.
@@ -232,7 +231,7 @@ def _built(
     device: str,
     fit: Fit,
     size: tuple[int, int] | None,
-) -> tuple[LoadedModule, TokenLayout]:
+) -> tuple[LoadedModule, Layout]:
     """Take a model object, or build a model, on its device."""
     text = read_text_embeddings(files.text) if files.text else None
     if isinstance(model, nn.Module):
@@ -287,7 +286,7 @@ def _sides(size: object) -> tuple[int, int] | None:
     return sides[0], sides[-1]
 
 
-def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
+def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, Layout]:
     """Take a model object as it is, moved in place."""
     module = unwrapped(module)
     make_ordinary(module)
@@ -300,7 +299,7 @@ def _taken(module: nn.Module, device: str) -> tuple[LoadedModule, TokenLayout]:
         notes = translation.notes
     built = LoadedModule(module=module, name=_own_name(module), weights="given", notes=notes)
     try:
-        return built, read_layout(module, preprocessing_of(module).size)
+        return built, read_any_layout(module, preprocessing_of(module).size)
     except UnsupportedModelError as error:
         maker = type(module).__module__.partition(".")[0]
         if maker in ("timm", "__main__"):
@@ -317,7 +316,7 @@ def _build(
     adapter: Adapter | None,
     fit: Fit,
     img_size: tuple[int, int] | None,
-) -> tuple[LoadedModule, TokenLayout]:
+) -> tuple[LoadedModule, Layout]:
     notes = []
     source = file or adapter
     if model is None and source is not None:
@@ -328,7 +327,7 @@ def _build(
     native = fit is Fit.NATIVE
     skeleton = build_skeleton(name, img_size, native=native, adapter=adapter)
     # What cannot work is refused before anything is downloaded.
-    layout = read_layout(skeleton, preprocessing_of(skeleton, img_size).size)
+    layout = read_any_layout(skeleton, preprocessing_of(skeleton, img_size).size)
     built = build_model(name, skeleton, file, img_size, native=native, adapter=adapter)
     if model is not None and file is not None and not notes:
         notes += filter(None, [disagreement(file, _full_name(built.module))])
@@ -337,15 +336,14 @@ def _build(
 
 def _proved(
     built: LoadedModule,
-    layout: TokenLayout,
+    layout: Layout,
     preprocessing: Preprocessing,
     labels: Path | None,
 ) -> Model:
     """Make sure that a model with its weights is what its attributes say, and name its classes."""
     module = built.module
     require_finite(module, f"weights of {built.name} ({built.weights})")
-    check_mixing(module, preprocessing.size)
-    width = check_readout(module, layout, preprocessing.size)
+    layout, width = prove_layout(module, layout, preprocessing.size)
     num_classes = width if has_classifier(module) else 0
     known = built.labels or _labels(module, num_classes, labels)
     notes = list(built.notes)

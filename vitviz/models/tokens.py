@@ -8,7 +8,7 @@ with the reason, since rollout is not defined for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -109,6 +109,10 @@ class TokenLayout:
         else:
             weights[0] = 1
         return weights
+
+    def average(self, evidence: Sequence[Tensor]) -> Tensor:
+        """Average what the tokens hold in front of each block; (batch, tokens) each, and all."""
+        return torch.stack(list(evidence)).mean(dim=0)
 
     def described_prefix(self) -> str:
         """Say in words which prefix tokens there are: "1 class + 4 registers"."""

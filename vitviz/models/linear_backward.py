@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vitviz.methods.residuals import ADDITIONS, BalancedResiduals
+from vitviz.models.residuals import ADDITIONS, BalancedResiduals
 from vitviz.options import AttentionRule
 
 __all__ = ["LinearizedBackward"]
@@ -35,6 +35,13 @@ _ACTIVATIONS = frozenset(
 )
 _GATES = frozenset((torch.sigmoid, F.sigmoid, F.hardsigmoid, Tensor.sigmoid))
 _PROBABILITIES = frozenset((torch.softmax, F.softmax, Tensor.softmax))
+
+
+_SQUARES = frozenset((torch.square, torch.pow, Tensor.square, Tensor.pow, Tensor.__pow__))
+_SCALES = frozenset(
+    (torch.sqrt, torch.rsqrt, torch.norm, torch.linalg.vector_norm)
+    + (Tensor.sqrt, Tensor.rsqrt, Tensor.norm)
+)
 
 
 class LinearizedBackward(TorchFunctionMode):
@@ -75,8 +82,14 @@ class LinearizedBackward(TorchFunctionMode):
             return _normalize(*args, **kwargs)
         if func is F.rms_norm:
             return _scale_to_unit(*args, **kwargs)
+        if func is F.group_norm:
+            return _normalize_groups(*args, **kwargs)
         if func in _ACTIVATIONS:
             return _Gated.apply(args[0], _beside_its_argument(func, args, kwargs))
+        if func in _SQUARES and _exponent(func, *args[1:], **kwargs) == 2:  # x · |x|, of StarReLU
+            return _Gated.apply(args[0], torch.square)
+        if func in _SCALES:  # of a normalisation, written out
+            return func(*args, **kwargs).detach()
         if func in _GATES:  # x·sigmoid(x), written out
             return func(*args, **kwargs).detach()
         if func in _PROBABILITIES and self._rule is AttentionRule.VALUE:  # attention, written out
@@ -109,6 +122,11 @@ def _beside_its_argument(
     return lambda x: activation(x, *args[1:], **kwargs)
 
 
+def _exponent(func: Callable[..., Any], exponent: Any = None, **_: Any) -> Any:
+    """Return the exponent of a power."""
+    return 2 if func in (torch.square, Tensor.square) else exponent
+
+
 def _normalize(
     input: Tensor,
     normalized_shape: Any,
@@ -118,6 +136,18 @@ def _normalize(
 ) -> Tensor:
     """Layer normalisation; its standard deviation is a constant on the way back."""
     normalized: Tensor = _Normalized.apply(input, tuple(normalized_shape), weight, bias, eps)
+    return normalized
+
+
+def _normalize_groups(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise groups of channels; their standard deviations are constants on the way back."""
+    normalized: Tensor = _NormalizedGroups.apply(input, num_groups, weight, bias, eps)
     return normalized
 
 
@@ -149,6 +179,31 @@ class _Normalized(torch.autograd.Function):
         # The Jacobian of (x − mean)/σ with σ constant is (I − 1/n)/σ, which is symmetric.
         centred = gradient - gradient.mean(dim=ctx.over, keepdim=True)
         return centred.mul_(inverse), None, None, None, None
+
+
+class _NormalizedGroups(torch.autograd.Function):
+    """The same for each group of channels (batch, channels, …), over all its places."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int, weight: Any, bias: Any, eps: float) -> Tensor:
+        batch, channels = x.shape[:2]
+        places = x[0, 0].numel()
+        output, _, inverse = torch.native_group_norm(
+            x.contiguous(), weight, bias, batch, channels, places, groups, eps
+        )
+        ctx.save_for_backward(weight, inverse)
+        ctx.groups = groups
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, inverse = ctx.saved_tensors
+        if weight is not None:
+            gradient = gradient * weight.view(-1, *(1,) * (gradient.dim() - 2))
+        grouped = gradient.reshape(len(gradient), ctx.groups, -1)
+        centred = grouped - grouped.mean(dim=2, keepdim=True)
+        scaled = centred * inverse.unsqueeze(2)
+        return scaled.view(gradient.shape), None, None, None, None
 
 
 class _ScaledToUnit(torch.autograd.Function):
