@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -22,6 +23,7 @@ from vitviz.methods.rollout import GradRollout, Rollout
 from vitviz.options import Colormap, Fit, PictureOptions
 from vitviz.pictures.colors import color_heat
 from vitviz.pictures.heat import normalize, place_heat
+from vitviz.pictures.interpolation import interpolate
 from vitviz.pictures.sheets import overlay, panel
 
 WHOLE = Region()
@@ -117,11 +119,61 @@ def test_heat_has_the_picture_of_a_ramp() -> None:
     assert np.allclose(heat, heat[:1])
 
 
-def test_heat_stays_in_range_though_a_cubic_overshoots() -> None:
-    relevance = (np.indices((6, 6)).sum(axis=0) % 2).astype(np.float32)
-    heat = place_heat(relevance, WHOLE, (97, 101))
-    assert heat.min() >= 0
-    assert heat.max() <= 1
+def cubic_through(line: np.ndarray, length: int) -> list[float]:
+    """Interpolate a line by the Bézier points of its monotone cubics, pixel by pixel."""
+    ends = [line[0], *line, line[-1]]
+    slopes = [0.0]
+    for before, here, after in zip(ends, ends[1:], ends[2:], strict=False):
+        left, right = float(here - before), float(after - here)
+        slopes.append(2 / (1 / left + 1 / right) if left * right > 0 else 0.0)
+    slopes.append(0.0)
+    values = []
+    for pixel in range(length):
+        place = (pixel + 0.5) * len(line) / length + 0.5
+        cell, t = int(place), place % 1
+        points = [
+            *(ends[cell], ends[cell] + slopes[cell] / 3),
+            *(ends[cell + 1] - slopes[cell + 1] / 3, ends[cell + 1]),
+        ]
+        while len(points) > 1:  # de Casteljau
+            points = [(1 - t) * one + t * other for one, other in pairwise(points)]
+        values.append(float(points[0]))
+    return values
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (2, 3), (7, 4)], ids=str)
+@pytest.mark.parametrize("size", [(7, 5), (64, 31), (50, 200)], ids=str)
+def test_interpolation_is_that_of_the_formula(grid: tuple[int, int], size: tuple[int, int]) -> None:
+    cells = np.random.default_rng(3).random(grid).astype(np.float32)
+    wide = np.array([cubic_through(row, size[1]) for row in cells])
+    expected = np.array([cubic_through(col, size[0]) for col in wide.T]).T
+    np.testing.assert_allclose(interpolate(cells, size), expected, atol=1e-6)
+
+
+def test_interpolation_has_the_known_values_of_a_small_line() -> None:
+    grown = interpolate(np.array([[0, 1, 4]], np.float32), (1, 27))[0]
+    assert grown[[0, 4, 13, 22, 26]].tolist() == [0, 0, 1, 4, 4]  # centres and ends
+    t, slope = 8.5 / 9 - 0.5, 1.5  # of pixel 8, and in the middle: 2·1·3/(1 + 3)
+    assert grown[8] == pytest.approx(t**2 * (3 - 2 * t) - slope * t**2 * (1 - t), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_interpolation_stays_between_the_cells_around(seed: int) -> None:
+    """No rings around hot spots: a pixel is never colder or hotter than the four cells around."""
+    cells = (np.random.default_rng(seed).random((6, 9)) ** 8).astype(np.float32)
+    size = (6 * 16, 9 * 16)
+    grown = interpolate(cells, size)
+    padded = np.pad(cells, 1, mode="edge")
+    rows, cols = (((np.arange(side) + 0.5) / 16 + 0.5).astype(int) for side in size)
+    around = np.stack([padded[np.ix_(rows + down, cols + on)] for down in (0, 1) for on in (0, 1)])
+    assert (grown >= around.min(axis=0) - 1e-6).all()
+    assert (grown <= around.max(axis=0) + 1e-6).all()
+
+
+def test_picture_with_fewer_pixels_than_cells_gets_their_averages() -> None:
+    cells = np.random.default_rng(0).random((8, 12)).astype(np.float32)
+    expected = cells.reshape(4, 2, 3, 4).mean(axis=(1, 3))
+    np.testing.assert_allclose(interpolate(cells, (4, 3)), expected, atol=1e-6)
 
 
 REGIONS = [
@@ -451,7 +503,6 @@ def test_all_colour_of_an_overlay_with_a_sign_is_heat(method: Method) -> None:
 
 
 def test_heat_with_a_sign_has_the_sign_of_its_cells() -> None:
-    """A rounder interpolation would overshoot, and show evidence against beside evidence for."""
     relevance = np.zeros((6, 6), np.float32)
     relevance[2:4, 2:4] = 1
     assert place_heat(relevance, Region(), (96, 96), signed=True).min() == 0.5

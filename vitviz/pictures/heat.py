@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from vitviz.images.fitting import Region
+from vitviz.pictures.interpolation import interpolate
 
 __all__ = ["FLAT", "contrast", "normalize", "place_heat"]
 
@@ -69,9 +69,7 @@ def place_heat(
     """
     heat = np.full(size, np.nan, dtype=np.float32)
     seen = heat[region.pixels(size)]
-    heat_of_cells = normalize(relevance, signed=signed, extent=extent)
-    # A cubic is rounder, but overshoots: beside what speaks for a class, into what speaks against.
-    interpolation = cv2.INTER_LINEAR if signed else cv2.INTER_CUBIC
-    grown = cv2.resize(heat_of_cells, (seen.shape[1], seen.shape[0]), interpolation=interpolation)
-    np.clip(grown, 0, 1, out=seen)
+    cells = normalize(relevance, signed=signed, extent=extent)
+    # Rounding of the last digit must not leave the colours.
+    np.clip(interpolate(cells, seen.shape), 0, 1, out=seen)
     return heat
