@@ -65,7 +65,7 @@ def test_sheet_has_a_cell_for_each_head_of_each_block() -> None:
     cell = sheet[22 + 42 : 22 + 42 + 40, 22 : 22 + 40].astype(int)
     side = 40 // explained.relevance.shape[2]
     centre = cell[tuple(place * side + side // 2 for place in hottest)]
-    assert centre[0] > centre[2] + 60  # red in turbo
+    assert centre[0] > centre[2] + 60  # yellow in inferno
 
 
 def test_sheet_keeps_to_the_longest_side() -> None:

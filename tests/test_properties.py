@@ -145,9 +145,10 @@ def test_pictures_have_the_images_shape_and_heat_where_the_model_looked(
     assert explanation.draw(OutputKind.PANEL).shape[1] >= 3 * width
     unseen = np.ones((height, width), dtype=bool)
     unseen[region.pixels((height, width))] = False
-    assert (overlay[unseen] == picture[unseen]).all()
+    grey = picture[unseen] @ [0.299, 0.587, 0.114]
+    assert (abs(overlay[unseen] - 0.4 * grey[:, None]) <= 1.01).all()
     assert not heatmap[unseen].any()
-    assert heatmap[~unseen].any(axis=-1).all()  # turbo has no black
+    assert heatmap[~unseen].any(axis=-1).all()  # no table begins with black
 
 
 @examples(40)

@@ -147,13 +147,13 @@ class PictureOptions:
     Attributes:
         kinds: What to write for each map.
         colormap: Table from relevance to colour; None: the one for the method.
-        alpha: Weight of the heat in an overlay, in [0, 1].
+        alpha: Weight of the hottest colour in an overlay, in [0, 1]; less heat has less.
         max_size: Longest side of the pictures, in pixels.
     """
 
     kinds: tuple[OutputKind, ...] = (OutputKind.OVERLAY,)
     colormap: Colormap | None = None
-    alpha: float = 0.5
+    alpha: float = 0.75
     max_size: int = 1024
 
     def __post_init__(self) -> None:

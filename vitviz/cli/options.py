@@ -191,8 +191,9 @@ class WritingRun(SharedOptions):
         ),
     ] = (OutputKind.OVERLAY,)  # type: ignore[assignment]  # a default must not be mutable
     alpha: Annotated[
-        float, declare(PICTURES, metavar="A", help="Weight of the heat in overlays, 0 to 1.")
-    ] = 0.5
+        float,
+        declare(PICTURES, metavar="A", help="Largest weight of the colours in overlays, 0 to 1."),
+    ] = 0.75
     max_size: Annotated[
         int, declare(PICTURES, metavar="N", help="Longest side of the pictures, in pixels.")
     ] = 1024
@@ -217,7 +218,7 @@ class RunOptions(WritingRun):
             PICTURES,
             metavar="NAME",
             help=f"Colours of the heat: {', '.join(Colormap)}; evidence has redblue by default, "
-            "all others turbo.",
+            "all others inferno.",
             show_default=False,
         ),
     ] = None

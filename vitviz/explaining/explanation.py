@@ -18,7 +18,7 @@ from vitviz.errors import printable
 from vitviz.images.samples import ImageSample
 from vitviz.methods.method import Method
 from vitviz.options import OutputKind, PictureOptions
-from vitviz.pictures.colors import color_heat, in_grey
+from vitviz.pictures.colors import color_heat
 from vitviz.pictures.components import ColorSpace, patches_of
 from vitviz.pictures.heat import FLAT, place_heat
 from vitviz.pictures.painting import paint
@@ -148,7 +148,7 @@ class Explanation:
         return self.sample.source.path
 
     def overlay(self) -> Image.Image:
-        """Draw the heat over the image; heat with a sign over the image in grey."""
+        """Draw the heat over the image in grey."""
         return Image.fromarray(self.draw(OutputKind.OVERLAY))
 
     def heatmap(self) -> Image.Image:
@@ -193,8 +193,7 @@ class Explanation:
         heat = place_heat(relevance, self.sample.region, size, signed=signed, extent=extent)
         if kind is OutputKind.HEATMAP:
             return color_heat(heat, table)
-        beneath = in_grey(picture) if signed else picture  # all red and blue is heat then
-        blended = overlay(beneath, heat, table, self.pictures.alpha)
+        blended = overlay(picture, heat, table, self.pictures.alpha, signed=signed)
         if kind is OutputKind.OVERLAY:
             return blended
         return panel([picture, blended, color_heat(heat, table)], self.caption)

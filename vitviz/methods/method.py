@@ -115,7 +115,7 @@ class Method(ABC):
     help: ClassVar[str]
     explains_class: ClassVar[bool] = False
     is_signed: ClassVar[bool] = False
-    colormap: ClassVar[Colormap] = Colormap.TURBO
+    colormap: ClassVar[Colormap] = Colormap.INFERNO
     axes: ClassVar[tuple[str, ...]] = ("rows", "cols")
     follows_attention: ClassVar[bool] = True
     needs_attention: ClassVar[bool] = True

@@ -16,10 +16,11 @@ __all__ = ["color_heat", "in_grey"]
 Pixels = NDArray[np.uint8]
 Heat = NDArray[np.float32]
 
-_REDBLUE = (  # C. Brewer's RdBu from its end, without the dark ones, colorbrewer2.org
-    *((33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240), (247, 247, 247)),
-    *((253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43)),
+_REDBLUE = (  # deep at once on both sides of the middle, so that weak evidence is seen
+    *((5, 70, 190), (20, 95, 215), (60, 130, 235), (150, 190, 252), (247, 247, 247)),
+    *((255, 178, 152), (245, 95, 70), (225, 40, 40), (190, 0, 20)),
 )
+_REDBLUE_AT = (0, 6, 10, 14, 16, 18, 22, 26, 32)  # of 32
 _LEVELS = 255 * 16 + 1  # of heat: the middle is one, OpenCV's 256 are among them
 
 
@@ -46,11 +47,11 @@ def _color_table(colormap: Colormap) -> Pixels:
     relevance shows as a step of colour.
     """
     if colormap is Colormap.REDBLUE:
-        anchors = np.array(_REDBLUE, dtype=np.uint8)
+        anchors, at = np.array(_REDBLUE, dtype=np.uint8), np.array(_REDBLUE_AT) / 32
     else:
         ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
         table = cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{colormap.value.upper()}"))
-        anchors = cv2.cvtColor(table, cv2.COLOR_BGR2RGB)[:, 0]
-    places = np.linspace(0, len(anchors) - 1, _LEVELS)
-    channels = [np.interp(places, np.arange(len(anchors)), values) for values in anchors.T]
+        anchors, at = cv2.cvtColor(table, cv2.COLOR_BGR2RGB)[:, 0], np.arange(256) / 255
+    heat = np.linspace(0, 1, _LEVELS)
+    channels = [np.interp(heat, at, values) for values in anchors.T]
     return np.asarray(np.rint(np.stack(channels, axis=-1)), dtype=np.uint8)

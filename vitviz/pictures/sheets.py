@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vitviz.options import Colormap
-from vitviz.pictures.colors import color_heat
+from vitviz.pictures.colors import color_heat, in_grey
 
 __all__ = ["GAP", "contact_sheet", "overlay", "panel", "shrink_to_cell"]
 
@@ -19,14 +19,31 @@ GAP = 8  # pixels between the pictures of a panel
 _SHEET_GAP = 2  # pixels between the pictures of a contact sheet
 _HEADER = 22  # pixels for the numbers of its blocks and heads
 _LEAST_CELL = 8  # pixels, however many there are
+_UNSEEN = 0.4  # of the brightness is left to what the model did not see
 
 
-def overlay(picture: Pixels, heat: Heat, colormap: Colormap, alpha: float) -> Pixels:
-    """Blend coloured heat over a picture; what the model did not see stays as it is."""
-    blended = cv2.addWeighted(picture, 1 - alpha, color_heat(heat, colormap), alpha, 0)
-    unseen = np.isnan(heat)
-    blended[unseen] = picture[unseen]
-    return np.asarray(blended, dtype=np.uint8)
+def overlay(
+    picture: Pixels, heat: Heat, colormap: Colormap, alpha: float, *, signed: bool = False
+) -> Pixels:
+    """Blend coloured heat over a picture in grey, the more of it the hotter it is.
+
+    The weight of the colour is alpha·s·(2 − s), s being the heat h, or |2h − 1| of heat with a
+    sign, so that the picture shows where there is none, and all colour is heat. What the model did
+    not see is dimmed.
+
+    Args:
+        picture: (height, width, 3).
+        heat: (height, width) in [0, 1]; NaN where the model saw nothing.
+        colormap: Its colours.
+        alpha: The weight of the hottest.
+        signed: Whether ½ is no heat.
+    """
+    grey, unseen = in_grey(picture), np.isnan(heat)
+    strength = np.abs(2 * heat - 1) if signed else heat
+    weight = alpha * strength * (2 - strength)
+    weight[unseen] = 1 - _UNSEEN
+    colors = color_heat(heat, colormap)  # black where nothing was seen
+    return np.asarray(cv2.blendLinear(colors, grey, weight, 1 - weight), dtype=np.uint8)
 
 
 def panel(pictures: list[Pixels], caption: str) -> Pixels:
