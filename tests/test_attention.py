@@ -22,6 +22,7 @@ from vitviz.explaining.batch import explain_batch
 from vitviz.images.sources import find_sources
 from vitviz.methods.attention import RawAttention
 from vitviz.options import Fit
+from vitviz.pictures.tables import ColorBar
 from vitviz.runs.job import Job
 from vitviz.runs.pipeline import run
 
@@ -59,10 +60,13 @@ def test_sheet_has_a_cell_for_each_head_of_each_block() -> None:
     (explained,) = vitviz.attention(tiny_model(), [picture(40, 40)])
     blocks, heads = explained.relevance.shape[:2]
     sheet = np.asarray(explained.heatmap())
-    assert sheet.shape[0] == pytest.approx(22 + blocks * (40 + 2), abs=1)
-    assert sheet.shape[1] == pytest.approx(22 + heads * (40 + 2), abs=1)
+    foot = ColorBar.height(11)
+    assert sheet.shape[0] == 44 + blocks * (40 + 2) + foot
+    assert sheet.shape[1] == 36 + heads * (40 + 2)
+    assert (sheet[:22] < 128).any()  # the title
+    assert (sheet[22:44, :36] < 128).any()  # "block"
     hottest = np.unravel_index(explained.relevance[1, 0].argmax(), explained.relevance.shape[2:])
-    cell = sheet[22 + 42 : 22 + 42 + 40, 22 : 22 + 40].astype(int)
+    cell = sheet[44 + 42 : 44 + 42 + 40, 36 : 36 + 40].astype(int)
     side = 40 // explained.relevance.shape[2]
     centre = cell[tuple(place * side + side // 2 for place in hottest)]
     assert centre[0] > centre[2] + 60  # yellow in inferno

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from vitviz.options import Colormap, Fit, PictureOptions
 from vitviz.pictures.colors import color_heat
 from vitviz.pictures.heat import normalize, place_heat
 from vitviz.pictures.interpolation import interpolate
-from vitviz.pictures.sheets import overlay, panel
+from vitviz.pictures.sheets import overlay
+from vitviz.pictures.tables import Cell, picture_table
 
 WHOLE = Region()
 
@@ -203,7 +205,7 @@ def test_any_grid_fits_any_picture(grid: tuple[int, int], size: tuple[int, int])
     assert np.isfinite(heat).all()
     pixels = np.zeros((*size, 3), np.uint8)
     assert overlay(pixels, heat, Colormap.TURBO, 0.5).shape == (*size, 3)
-    assert panel([pixels, pixels], "caption").dtype == np.uint8
+    assert picture_table([[Cell(picture=pixels)] * 2], title="caption").dtype == np.uint8
 
 
 def test_sliver_of_a_region_covers_a_pixel() -> None:
@@ -412,12 +414,15 @@ def test_panel_sets_three_pictures_side_by_side() -> None:
     height, width = sheet.shape[:2]
     gap = (width - 3 * 80) // 2
     assert width == 3 * 80 + 2 * gap
-    band = height - 50
-    assert band > 0
+    (band,) = (
+        top
+        for top in range(height - 50)
+        if np.array_equal(sheet[top : top + 50, :80], image.picture)
+    )
     expected = (image.picture, np.asarray(made.overlay()), np.asarray(made.heatmap()))
     for position, shown in enumerate(expected):
         left = position * (80 + gap)
-        assert np.array_equal(sheet[band:, left : left + 80], shown)
+        assert np.array_equal(sheet[band : band + 50, left : left + 80], shown)
     assert (sheet[:band] < 128).any()  # the caption
 
 
@@ -458,6 +463,9 @@ def test_caption_says_class_and_score() -> None:
         class_score=0.254,
     )
     assert made.caption == "grad-rollout: tabby, tabby cat (25%)"
+    assert replace(made, class_score=0.049).caption.endswith("(5%, improbable)")
+    assert replace(made, class_score=0.051).caption.endswith("(5%)")
+    assert replace(made, class_score=0.0004).caption.endswith("(<1%, improbable)")
     assert explanation(image, spot(4, 4, 0, 0)).caption == "rollout"
 
 

@@ -21,6 +21,8 @@ __all__ = [
     "PictureOptions",
     "Precision",
     "ResidualRule",
+    "Scale",
+    "Unit",
     "ValueRange",
     "Word",
     "real",
@@ -140,6 +142,59 @@ class Colormap(Word):
     BONE = "bone"
 
 
+class Unit(Word):
+    """What the numbers of a colour bar count."""
+
+    AVERAGE = "times average"
+    LOGIT = "logit"
+    COSINE = "cosine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What is drawn coldest and hottest in all pictures, in the unit of the method.
+
+    Attributes:
+        low: What is drawn coldest.
+        high: What is drawn hottest.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        """Check the ends.
+
+        Raises:
+            OptionError: They are not in order.
+        """
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise OptionError(f"--scale is {self}; {_SCALE_HINT}")
+
+    @classmethod
+    def ensure(cls, given: object) -> Scale | None:
+        """Read "0:10" or a pair of numbers; "image", None and scales stay what they mean.
+
+        Raises:
+            OptionError: It is none of these.
+        """
+        if given is None or given == "image" or isinstance(given, Scale):
+            return given if isinstance(given, Scale) else None
+        ends = given if isinstance(given, (tuple, list)) else str(given).split(":")
+        try:
+            low, high = map(float, ends)
+        except (TypeError, ValueError):
+            raise OptionError(f"--scale is {given!r}; {_SCALE_HINT}") from None
+        return cls(low=low, high=high)
+
+    def __str__(self) -> str:
+        """Write it as it is typed."""
+        return f"{self.low:g}:{self.high:g}"
+
+
+_SCALE_HINT = "give image, or LOW:HIGH with LOW below HIGH, as 0:10"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PictureOptions:
     """How maps become files.
@@ -149,12 +204,15 @@ class PictureOptions:
         colormap: Table from relevance to colour; None: the one for the method.
         alpha: Weight of the hottest colour in an overlay, in [0, 1]; less heat has less.
         max_size: Longest side of the pictures, in pixels.
+        scale: What is drawn coldest and hottest, "0:10", (0, 10) or a ``Scale``; None or "image":
+            the least and the most of each map.
     """
 
     kinds: tuple[OutputKind, ...] = (OutputKind.OVERLAY,)
     colormap: Colormap | None = None
     alpha: float = 0.75
     max_size: int = 1024
+    scale: Scale | str | tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -165,6 +223,7 @@ class PictureOptions:
         alpha, max_size = real("--alpha", self.alpha), whole("--max-size", self.max_size)
         object.__setattr__(self, "alpha", alpha)  # as NumPy's numbers are in no record
         object.__setattr__(self, "max_size", max_size)
+        object.__setattr__(self, "scale", Scale.ensure(self.scale))
         if not 0 <= self.alpha <= 1:
             raise OptionError(f"--alpha is {self.alpha:g}; give the weight of the heat from 0 to 1")
         if self.max_size < 1:
@@ -174,6 +233,12 @@ class PictureOptions:
         """Return the colour table for maps of a method that has a default of its own."""
         return self.colormap or default
 
+    @property
+    def extent(self) -> tuple[float, float] | None:
+        """What is drawn coldest and hottest; None where each map decides."""
+        scale = Scale.ensure(self.scale)
+        return None if scale is None else (scale.low, scale.high)
+
     def to_record(self, kind: OutputKind, default: Colormap) -> dict[str, str | float]:
         """Return the options that shape a file of this kind, for records and provenance."""
         if kind is OutputKind.NPY:
@@ -181,6 +246,7 @@ class PictureOptions:
         options: dict[str, str | float] = {
             "colormap": self.table(default).value,
             "max_size": self.max_size,
+            "scale": str(self.scale or "image"),
         }
         if kind is not OutputKind.HEATMAP:
             options["alpha"] = self.alpha

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -76,15 +76,19 @@ def explain_images(
     raise typer.Exit(int(reporter.failed))
 
 
+def _pictures(run: WritingRun) -> PictureOptions:
+    pictures = PictureOptions(
+        kinds=tuple(dict.fromkeys(run.save)), alpha=run.alpha, max_size=run.max_size
+    )
+    if not isinstance(run, RunOptions):
+        return pictures
+    return replace(pictures, colormap=run.colormap, scale=run.scale)
+
+
 def _job(run: WritingRun, method: Method) -> Job:
     return Job(
         method=method,
-        pictures=PictureOptions(
-            kinds=tuple(dict.fromkeys(run.save)),
-            colormap=run.colormap if isinstance(run, RunOptions) else None,
-            alpha=run.alpha,
-            max_size=run.max_size,
-        ),
+        pictures=_pictures(run),
         fit=run.fit,
         value_range=ValueRange.ensure(run.value_range),
         output=run.output,

@@ -222,6 +222,15 @@ class RunOptions(WritingRun):
             show_default=False,
         ),
     ] = None
+    scale: Annotated[
+        str,
+        declare(
+            PICTURES,
+            metavar="image|LOW:HIGH",
+            help="What is drawn coldest and hottest: the least and the most of each image, or the "
+            "same numbers for all, in the unit that colour bars name, as 0:10.",
+        ),
+    ] = "image"
 
 
 @dataclass(frozen=True, kw_only=True)

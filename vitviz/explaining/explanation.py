@@ -6,7 +6,6 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from vitviz.methods.method import Method
 from vitviz.options import OutputKind, PictureOptions
 from vitviz.pictures.colors import color_heat
 from vitviz.pictures.components import ColorSpace, patches_of
-from vitviz.pictures.heat import FLAT, place_heat
+from vitviz.pictures.heat import FLAT, in_unit, limits, place_heat
 from vitviz.pictures.painting import paint
-from vitviz.pictures.sheets import contact_sheet, overlay, panel, shrink_to_cell
+from vitviz.pictures.sheets import contact_sheet, overlay, shrink_to_cell
+from vitviz.pictures.tables import Cell, ColorBar, picture_table
 
 __all__ = ["Caveat", "Explanation", "Prediction", "Diagnostics"]
 
@@ -30,6 +30,7 @@ __all__ = ["Caveat", "Explanation", "Prediction", "Diagnostics"]
 _CROWDED = 0.5  # share of attention
 _EVEN = 0.05  # of its largest magnitude
 _POWERLESS = 1e-3  # of a logit
+_IMPROBABLE = 0.05  # a score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,7 @@ class Explanation:
         relevance: float32, before any normalisation, along the method's ``axes``: (rows, cols),
             or (blocks, heads, rows, cols) of raw attention, (channels, rows, cols) of features.
         sample: The image.
+        model: The model's name.
         request: Name of the class request (``c281``, ``top1``, ``c281-vs-top2``), or of the
             target that stands in its place; None when class-agnostic.
         class_index: The class that it explains; None when class-agnostic.
@@ -130,6 +132,7 @@ class Explanation:
     method: Method
     relevance: NDArray[np.float32]
     sample: ImageSample
+    model: str = ""
     diagnostics: Diagnostics | None = None
     request: str | None = None
     class_index: int | None = None
@@ -156,47 +159,87 @@ class Explanation:
         return Image.fromarray(self.draw(OutputKind.HEATMAP))
 
     def panel(self) -> Image.Image:
-        """Draw image, overlay and heat side by side, under a caption."""
+        """Draw image, overlay and heat side by side, with titles and a colour bar."""
         return Image.fromarray(self.draw(OutputKind.PANEL))
 
     def draw(self, kind: OutputKind) -> NDArray[np.uint8]:
         """Draw a picture of any kind: (height, width, 3) RGB."""
+        if kind is OutputKind.PANEL:
+            return picture_table([self._cells()], title=self.caption, subtitle=self.origin)
         if len(self.method.axes) == 2:
             return self._draw_map(self.relevance, self.sample.picture, kind)
         if self.method.axes[0] == "channels":
             return self._draw_features(kind)
-        if kind is OutputKind.PANEL:
-            return panel(
-                [self.draw(OutputKind.OVERLAY), self.draw(OutputKind.HEATMAP)], self.caption
-            )
+        return self._draw_heads(kind, f"{self.caption} · {self.origin}")
+
+    def _cells(self) -> list[Cell]:
+        """Return the pictures of a panel."""
+        if self.method.axes[0] == "blocks":
+            kinds = (OutputKind.OVERLAY, OutputKind.HEATMAP)
+            return [Cell(picture=self._draw_heads(kind, kind.value)) for kind in kinds]
+        has_heat = self.method.axes[0] != "channels"
+        return [
+            Cell(picture=self.sample.picture, title="image"),
+            Cell(picture=self.draw(OutputKind.OVERLAY), title="overlay"),
+            Cell(
+                picture=self.draw(OutputKind.HEATMAP),
+                title="heat" if has_heat else "colours",
+                bar=self.color_bar() if has_heat else None,
+            ),
+        ]
+
+    def _draw_heads(self, kind: OutputKind, title: str) -> NDArray[np.uint8]:
+        """Draw one map for each head of each block."""
         blocks, heads = self.relevance.shape[:2]
         cell = shrink_to_cell(self.sample.picture, blocks, heads, self.pictures.max_size)
         return contact_sheet(
-            [[self._draw_map(head, cell, kind) for head in block] for block in self.relevance]
+            [[self._draw_map(head, cell, kind) for head in block] for block in self.relevance],
+            title,
+            self.color_bar(),
         )
 
     def _draw_features(self, kind: OutputKind) -> NDArray[np.uint8]:
         """Draw features (channels, rows, cols)."""
         space = self.colors or ColorSpace.fit([patches_of(self.relevance, 1)], foreground=False)
-        colors, picture = space.colors(self.relevance), self.sample.picture
-        draw = partial(paint, colors, self.sample.region, picture)
-        if kind is OutputKind.PANEL:
-            return panel([picture, draw(self.pictures.alpha), draw(1)], self.caption)
-        return draw(1 if kind is OutputKind.HEATMAP else self.pictures.alpha)
+        alpha = 1 if kind is OutputKind.HEATMAP else self.pictures.alpha
+        return paint(space.colors(self.relevance), self.sample.region, self.sample.picture, alpha)
 
     def _draw_map(
         self, relevance: NDArray[np.float32], picture: NDArray[np.uint8], kind: OutputKind
     ) -> NDArray[np.uint8]:
         """Draw one map (rows, cols)."""
         signed, table = self.method.is_signed, self.pictures.table(self.method.colormap)
-        size, extent = picture.shape[:2], self.method.extent
-        heat = place_heat(relevance, self.sample.region, size, signed=signed, extent=extent)
+        heat = place_heat(
+            in_unit(relevance, self.method.unit),
+            self.sample.region,
+            picture.shape[:2],
+            signed=signed,
+            extent=self._extent,
+        )
         if kind is OutputKind.HEATMAP:
             return color_heat(heat, table)
-        blended = overlay(picture, heat, table, self.pictures.alpha, signed=signed)
-        if kind is OutputKind.OVERLAY:
-            return blended
-        return panel([picture, blended, color_heat(heat, table)], self.caption)
+        return overlay(picture, heat, table, self.pictures.alpha, signed=signed)
+
+    @property
+    def _extent(self) -> tuple[float, float] | None:
+        """What is drawn coldest and hottest; None where each map decides."""
+        return self.pictures.extent or self.method.extent
+
+    def color_bar(self) -> ColorBar:
+        """Say what its colours mean, in the unit of the method."""
+        table, unit = self.pictures.table(self.method.colormap), self.method.unit.value
+        if len(self.method.axes) > 2 and self._extent is None:
+            return ColorBar(colormap=table, low="least", high="most", unit="of each head")
+        values = in_unit(self.relevance, self.method.unit)
+        ends = limits(values, signed=self.method.is_signed, extent=self._extent)
+        if ends is None:
+            return ColorBar(colormap=table, low="", high="", unit="no heat")
+        return ColorBar(colormap=table, low=f"{ends[0]:.3g}", high=f"{ends[1]:.3g}", unit=unit)
+
+    @property
+    def origin(self) -> str:
+        """The file and the model that it is of."""
+        return " · ".join(filter(None, (printable(self.source.name), self.model)))
 
     @property
     def caption(self) -> str:
@@ -206,15 +249,14 @@ class Explanation:
                 f": {printable(self.request)} ({self.class_score:.3g})" if self.request else ""
             )
         own = _named(self.class_label, self.class_index)
+        score = "" if self.class_score is None else f" ({_percentage(self.class_score)})"
         if self.versus_index is None:
-            return f"{self.method.name}: {own} ({self.class_score:.0%})"
+            return f"{self.method.name}: {own}{score}"
         other = _named(self.versus_label, self.versus_index)
         # Of two descriptions, each with its synonyms, a caption has no room.
         own, other = own.partition(",")[0], other.partition(",")[0]
-        return (
-            f"{self.method.name}: {own} ({self.class_score:.0%}) "
-            f"versus {other} ({self.versus_score:.0%})"
-        )
+        versus = "" if self.versus_score is None else f" ({_percentage(self.versus_score)})"
+        return f"{self.method.name}: {own}{score} versus {other}{versus}"
 
     def caveats(self) -> list[Caveat]:
         """Say why the picture may mislead; nothing where it need not."""
@@ -239,3 +281,9 @@ class Explanation:
 
 def _named(label: str | None, class_index: int) -> str:
     return printable(label or f"class {class_index}")
+
+
+def _percentage(score: float) -> str:
+    """Write the score of a class, marked where its map would glow like that of a likely one."""
+    share = "<1%" if 0 < score < 0.005 else f"{score:.0%}"
+    return f"{share}, improbable" if score < _IMPROBABLE else share

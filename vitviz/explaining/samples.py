@@ -273,6 +273,7 @@ class Explainer:
                 method=self._method,
                 relevance=values.numpy(),
                 sample=sample,
+                model=self._model.name,
                 predictions=predictions,
                 pictures=self._pictures,
                 diagnostics=_diagnostics(batch, row, position, values.numpy()),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vitviz.errors import OptionError
 from vitviz.methods.method import ClassMethod, Method, TokenMap, option
-from vitviz.options import AttentionRule, Colormap, ResidualRule
+from vitviz.options import AttentionRule, Colormap, ResidualRule, Unit
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.methods.forward import ForwardPass, Target
@@ -36,6 +36,7 @@ class Evidence(ClassMethod):
     )
     is_signed: ClassVar[bool] = True
     colormap: ClassVar[Colormap] = Colormap.REDBLUE
+    unit: ClassVar[Unit] = Unit.LOGIT
     needs_block_inputs: ClassVar[bool] = True
     needs_attention: ClassVar[bool] = False
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vitviz.errors import OptionError
 from vitviz.methods.method import Method, TokenMap, option
 from vitviz.methods.patch import read_patch, require_on_grid
-from vitviz.options import Foreground
+from vitviz.options import Foreground, Unit
 
 if TYPE_CHECKING:  # these load NumPy or torch
     import numpy as np
@@ -118,6 +118,7 @@ class Similarity(_OfBlock):
     """
 
     name: ClassVar[str] = "similarity"
+    unit: ClassVar[Unit] = Unit.COSINE
     help: ClassVar[str] = "Draw how like one patch of an image the patches of images are."
 
     patch: tuple[int, int] | None = option(

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from vitviz.errors import OptionError
-from vitviz.options import AttentionRule, Colormap
+from vitviz.options import AttentionRule, Colormap, Unit
 
 if TYPE_CHECKING:  # these rooms load torch
     from torch import Tensor
@@ -101,6 +101,7 @@ class Method(ABC):
         explains_class: Whether its maps are about a class.
         is_signed: Whether relevance above 0 speaks for the class, and below 0 against it.
         colormap: Colours of its pictures by default.
+        unit: What the numbers of its colour bars count.
         axes: What its maps are laid out along.
         follows_attention: Whether its maps show where attention goes.
         needs_attention: Whether it chains or shows attention maps, which plain ViTs alone have.
@@ -116,6 +117,7 @@ class Method(ABC):
     explains_class: ClassVar[bool] = False
     is_signed: ClassVar[bool] = False
     colormap: ClassVar[Colormap] = Colormap.INFERNO
+    unit: ClassVar[Unit] = Unit.AVERAGE
     axes: ClassVar[tuple[str, ...]] = ("rows", "cols")
     follows_attention: ClassVar[bool] = True
     needs_attention: ClassVar[bool] = True

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitviz.images.fitting import Region
+from vitviz.options import Unit
 from vitviz.pictures.interpolation import interpolate
 
-__all__ = ["FLAT", "contrast", "normalize", "place_heat"]
+__all__ = ["FLAT", "contrast", "in_unit", "limits", "normalize", "place_heat"]
 
 Heat = NDArray[np.float32]
 
@@ -18,26 +19,41 @@ FLAT = 1e-5
 """A range of at most this share of the largest magnitude counts as constant."""
 
 
+def in_unit(relevance: NDArray[Any], unit: Unit) -> Heat:
+    """Return relevance (rows, cols) in a unit; on average it is 1 in ``AVERAGE``."""
+    values = np.asarray(relevance, dtype=np.float32)
+    total = float(values.sum(dtype=np.float64))
+    return values * (values.size / total) if unit is Unit.AVERAGE and total else values
+
+
+def limits(
+    values: NDArray[Any], *, signed: bool = False, extent: tuple[float, float] | None = None
+) -> tuple[float, float] | None:
+    """Return what is drawn coldest and hottest; None for a map that is constant.
+
+    Args:
+        values: (rows, cols).
+        signed: Whether 0 has a meaning: it is drawn in the middle.
+        extent: What is drawn coldest and hottest, in place of the minimum and the maximum.
+    """
+    low, high = float(values.min()), float(values.max())
+    if extent is not None and extent[0] < extent[1]:
+        low, high = extent
+    elif contrast(values) <= FLAT:
+        return None
+    largest = max(abs(low), abs(high))
+    return (-largest, largest) if signed else (low, high)
+
+
 def normalize(
     relevance: NDArray[Any], *, signed: bool = False, extent: tuple[float, float] | None = None
 ) -> Heat:
-    """Scale relevance to [0, 1] by its minimum and maximum; a constant map gives no heat.
-
-    Args:
-        relevance: (rows, cols).
-        signed: Whether 0 has a meaning: it goes to ½, and the largest magnitude to 0 or 1.
-        extent: What goes to 0 and to 1, in place of the minimum and the maximum.
-    """
+    """Scale relevance (rows, cols) to [0, 1] by ``limits``; a constant map gives no heat."""
     values = np.asarray(relevance, dtype=np.float32)
-    if extent is not None and extent[0] < extent[1]:
-        return ((values - extent[0]) / (extent[1] - extent[0])).clip(0, 1)
-    if contrast(values) <= FLAT:
+    ends = limits(values, signed=signed, extent=extent)
+    if ends is None:
         return np.full_like(values, 0.5 if signed else 0)
-    low, high = float(values.min()), float(values.max())
-    if signed:
-        high = max(-low, high)
-        low = -high
-    return np.asarray((values - low) / (high - low), dtype=np.float32)
+    return ((values - ends[0]) / (ends[1] - ends[0])).clip(0, 1)
 
 
 def contrast(relevance: NDArray[Any]) -> float:
@@ -61,8 +77,8 @@ def place_heat(
         relevance: (rows, cols).
         region: Where the model looked.
         size: (height, width) of the picture.
-        signed: As for ``normalize``.
-        extent: As for ``normalize``.
+        signed: As for ``limits``.
+        extent: As for ``limits``.
 
     Returns:
         (height, width) in [0, 1]; NaN where the model saw nothing.

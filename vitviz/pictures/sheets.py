@@ -1,23 +1,28 @@
-"""Pictures for people: overlays, panels under a caption, contact sheets."""
+"""Pictures for people: overlays and contact sheets."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vitviz.options import Colormap
 from vitviz.pictures.colors import color_heat, in_grey
+from vitviz.pictures.lettering import FAINT, INK, write
+from vitviz.pictures.tables import ColorBar
 
-__all__ = ["GAP", "contact_sheet", "overlay", "panel", "shrink_to_cell"]
+__all__ = ["contact_sheet", "overlay", "shrink_to_cell"]
 
 
 Pixels = NDArray[np.uint8]
 Heat = NDArray[np.float32]
-GAP = 8  # pixels between the pictures of a panel
 _SHEET_GAP = 2  # pixels between the pictures of a contact sheet
-_HEADER = 22  # pixels for the numbers of its blocks and heads
+_LETTERS = 11  # pixels, the size of its letters
+_LINE, _MARGIN = 22, 36  # pixels for its title, the numbers of its heads, and those of its blocks
+_FOOT = ColorBar.height(_LETTERS)
 _LEAST_CELL = 8  # pixels, however many there are
 _UNSEEN = 0.4  # of the brightness is left to what the model did not see
 
@@ -46,48 +51,39 @@ def overlay(
     return np.asarray(cv2.blendLinear(colors, grey, weight, 1 - weight), dtype=np.uint8)
 
 
-def panel(pictures: list[Pixels], caption: str) -> Pixels:
-    """Set pictures of one size side by side under a caption."""
-    height, width = pictures[0].shape[:2]
-    size = max(12, min(width // 16, 28))
-    font = ImageFont.load_default(size)
-    band = size * 2
-    sheet = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height + band), (255, 255, 255))
-    ImageDraw.Draw(sheet).text((size // 2, band // 2), caption, (30, 30, 30), font, anchor="lm")
-    for position, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), (position * (width + GAP), band))
-    return np.asarray(sheet)
-
-
 def shrink_to_cell(picture: Pixels, blocks: int, heads: int, longest: int) -> Pixels:
     """Shrink a picture so that a contact sheet of it has a longest side of so many pixels."""
     height, width = picture.shape[:2]
-    room = longest - _HEADER
     scale = min(
-        (room - blocks * _SHEET_GAP) / (blocks * height),
-        (room - heads * _SHEET_GAP) / (heads * width),
+        (longest - 2 * _LINE - _FOOT - blocks * _SHEET_GAP) / (blocks * height),
+        (longest - _MARGIN - heads * _SHEET_GAP) / (heads * width),
         1.0,
     )
     size = (max(int(width * scale), _LEAST_CELL), max(int(height * scale), _LEAST_CELL))
     return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def contact_sheet(cells: list[list[Pixels]]) -> Pixels:
+def contact_sheet(cells: list[list[Pixels]], title: str, bar: ColorBar) -> Pixels:
     """Set pictures of one size in a table, blocks downwards and heads to the right, with numbers.
 
     Args:
         cells: One picture for each head of each block.
+        title: Of the sheet.
+        bar: What the colours of all mean.
     """
     height, width = (side + _SHEET_GAP for side in cells[0][0].shape[:2])
-    size = (_HEADER + len(cells[0]) * width, _HEADER + len(cells) * height)
-    sheet = Image.new("RGB", size, (255, 255, 255))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    across, down = _MARGIN + len(cells[0]) * width, 2 * _LINE + len(cells) * height
+    sheet = Image.new("RGB", (across, down + _FOOT), (255, 255, 255))
+    note = partial(write, ImageDraw.Draw(sheet), size=_LETTERS, anchor="mm", ink=FAINT)
+    note((4, _LINE // 2), title, width=across - 8, anchor="lm", ink=INK)
+    note((_MARGIN // 2, _LINE * 3 // 2), "block", width=_MARGIN)
     for head in range(len(cells[0])):
-        place = (_HEADER + head * width + width // 2, _HEADER // 2)
-        draw.text(place, f"head {head}" if width > 50 else f"{head}", (90, 90, 90), font, "mm")
+        place = (_MARGIN + head * width + width // 2, _LINE * 3 // 2)
+        note(place, f"head {head}" if width > 50 else f"{head}", width=width)
     for block, pictures in enumerate(cells):
-        top = _HEADER + block * height
-        draw.text((_HEADER // 2, top + height // 2), f"{block}", (90, 90, 90), font, "mm")
+        top = 2 * _LINE + block * height
+        note((_MARGIN // 2, top + height // 2), f"{block}", width=_MARGIN)
         for head, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (_HEADER + head * width, top))
+            sheet.paste(Image.fromarray(picture), (_MARGIN + head * width, top))
+    sheet.paste(bar.draw(across - _MARGIN, _LETTERS), (_MARGIN, down))
     return np.asarray(sheet)
