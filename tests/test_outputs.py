@@ -25,17 +25,26 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fixtures_io import ROOT, picture
-from vitviz.errors import OutputError
+from vitviz.errors import OptionError, OutputError
 from vitviz.explaining.explanation import Explanation, Prediction
 from vitviz.images.fitting import InputTransform
 from vitviz.images.samples import sample_of
-from vitviz.images.sources import Source
+from vitviz.images.sources import Source, find_sources
+from vitviz.methods.attention import RawAttention
+from vitviz.methods.evidence import Evidence
 from vitviz.methods.method import Method
 from vitviz.methods.rollout import Rollout
-from vitviz.options import Fit, OutputKind
+from vitviz.options import Fit, OutputKind, PictureFormat, PictureOptions
 from vitviz.runs import writing
+from vitviz.runs.job import Job
 from vitviz.runs.names import output_path
-from vitviz.runs.provenance import Provenance, encode, read_provenance
+from vitviz.runs.provenance import (
+    Provenance,
+    encode,
+    encode_picture,
+    is_whole,
+    read_provenance,
+)
 from vitviz.runs.writing import prepare_folder, sweep, write_whole
 
 OUT = Path("vitviz-out")
@@ -80,6 +89,7 @@ def path_of(key: str, method: Method, request: str | None, kind: OutputKind) -> 
         ("rollout", None, OutputKind.HEATMAP, "rollout.heatmap.png"),
         ("rollout", None, OutputKind.PANEL, "rollout.panel.png"),
         ("rollout", None, OutputKind.NPY, "rollout.npy"),
+        ("rollout", None, OutputKind.GRAY, "rollout.gray.png"),
         ("grad-rollout", "c281", OutputKind.OVERLAY, "grad-rollout.c281.png"),
         ("grad-rollout", "c281", OutputKind.HEATMAP, "grad-rollout.c281.heatmap.png"),
         ("grad-rollout", "top1", OutputKind.PANEL, "grad-rollout.top1.panel.png"),
@@ -109,7 +119,7 @@ def test_long_name_is_shortened_and_ends_in_its_digest(key: str, kind: OutputKin
     path = output_path(OUT, Source(path=Path(key), key=key), "grad-rollout", "c281", kind)
     name = os.fsencode(path.name)
     parts = [key, "grad-rollout", "c281"]
-    parts += [kind.value] if kind in (OutputKind.HEATMAP, OutputKind.PANEL) else []
+    parts += [kind.value] if kind in (OutputKind.HEATMAP, OutputKind.PANEL, OutputKind.GRAY) else []
     whole = os.fsencode(".".join([*parts, "npy" if kind is OutputKind.NPY else "png"]))
     if len(whole) <= 255:
         assert name == whole
@@ -135,7 +145,7 @@ def test_shortened_names_stay_apart() -> None:
         for request in ("c1", "c2", "top1")
         for kind in OutputKind
     }
-    assert len(names) == 2 * 3 * 4
+    assert len(names) == 2 * 3 * len(OutputKind)
 
 
 def test_all_kinds_have_different_paths() -> None:
@@ -158,6 +168,85 @@ def test_provenance_travels_inside_the_file(tmp_path: Path, kind: OutputKind) ->
     path = output_path(tmp_path, Source(path=Path("a"), key="a"), "rollout", None, kind)
     path.write_bytes(encode(explanation(), kind, MINE))
     assert read_provenance(path) == MINE
+
+
+@pytest.mark.parametrize("format", PictureFormat)
+@pytest.mark.parametrize("kind", [OutputKind.OVERLAY, OutputKind.PANEL, OutputKind.GRAY])
+def test_each_format_holds_provenance_and_the_picture(
+    tmp_path: Path, kind: OutputKind, format: PictureFormat
+) -> None:
+    made = replace(explanation(), pictures=PictureOptions(kinds=(kind,), format=format))
+    source = Source(path=Path("a"), key="a")
+    path = output_path(tmp_path, source, "rollout", None, kind, format)
+    stored = PictureFormat.PNG if kind is OutputKind.GRAY else format
+    assert path.suffix == {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}[stored]
+    path.write_bytes(encode(made, kind, MINE))
+    assert read_provenance(path) == MINE
+    with Image.open(path) as image:
+        assert image.format == stored.value.upper()
+        shown, drawn = np.asarray(image).astype(int), made.draw(kind)
+    assert shown.shape == drawn.shape
+    assert np.abs(shown - drawn).mean() < (1e-9 if stored is PictureFormat.PNG else 6)
+
+
+@pytest.mark.parametrize("format", PictureFormat)
+def test_picture_that_was_cut_off_is_not_whole(tmp_path: Path, format: PictureFormat) -> None:
+    made = replace(explanation(), pictures=PictureOptions(format=format))
+    path = tmp_path / f"a{format.ending}"
+    content = encode(made, OutputKind.OVERLAY, MINE)
+    path.write_bytes(content)
+    assert is_whole(path)
+    for length in (0, 5, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert not is_whole(path)
+
+
+@pytest.mark.parametrize("format", [PictureFormat.JPEG, PictureFormat.WEBP])
+def test_photograph_of_somebody_else_has_no_provenance(
+    tmp_path: Path, format: PictureFormat
+) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a photograph of vitviz:{}"
+    path = tmp_path / f"a{format.ending}"
+    picture(30, 40).save(path, exif=exif)
+    assert read_provenance(path) is None
+    path.write_bytes(b"")
+    assert read_provenance(path) is None
+
+
+def test_what_a_format_cannot_hold_is_refused() -> None:
+    wide = np.zeros((1, 16_384, 3), np.uint8)
+    with pytest.raises(OutputError, match="too large for webp.*--format png"):
+        encode_picture(wide, MINE, PictureFormat.WEBP)
+    crowded = replace(MINE, source="x" * 70_000)
+    with pytest.raises(OutputError, match="too large for jpeg"):
+        encode_picture(wide, crowded, PictureFormat.JPEG)
+
+
+@pytest.mark.parametrize("format", PictureFormat)
+def test_pictures_in_a_folder_of_sources_are_known_and_skipped(
+    tmp_path: Path, format: PictureFormat
+) -> None:
+    made = replace(explanation(), pictures=PictureOptions(format=format))
+    (tmp_path / f"a{format.ending}").write_bytes(encode(made, OutputKind.OVERLAY, MINE))
+    picture(30, 40).save(tmp_path / "b.jpg")
+    found, _ = find_sources([tmp_path], skip=lambda path: read_provenance(path) is not None)
+    assert [each.path.name for each in found] == ["b.jpg"]
+
+
+def test_gray_is_the_heat_in_one_channel() -> None:
+    made = explanation()
+    gray = made.draw(OutputKind.GRAY)
+    assert (gray.dtype, gray.shape) == (np.uint8, (20, 30))
+    assert (gray.min(), gray.max()) == (0, 255)
+    signed = replace(made, method=Evidence(), relevance=made.relevance - 0.5)
+    centres = signed.draw(OutputKind.GRAY)[5::10, 5::10].astype(int)
+    assert ((centres > 128) == (signed.relevance > 0)).all()
+
+
+def test_gray_of_many_maps_is_refused() -> None:
+    with pytest.raises(OptionError, match="--save gray .* blocks × heads .* --save npy"):
+        Job(method=RawAttention(), pictures=PictureOptions(kinds=(OutputKind.GRAY,)))
 
 
 def test_npy_gives_the_relevance(tmp_path: Path) -> None:

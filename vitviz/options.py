@@ -18,6 +18,7 @@ __all__ = [
     "Foreground",
     "HeadFusion",
     "OutputKind",
+    "PictureFormat",
     "PictureOptions",
     "Precision",
     "ResidualRule",
@@ -102,28 +103,38 @@ class Convention(Word):
     CHEFER2021 = "chefer2021"
 
 
+class PictureFormat(Word):
+    """How pictures are stored."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+    @property
+    def ending(self) -> str:
+        """How names of such files end."""
+        return ".jpg" if self is PictureFormat.JPEG else f".{self}"
+
+
 class OutputKind(Word):
     """What is written for each map."""
 
     OVERLAY = "overlay"
     HEATMAP = "heatmap"
     PANEL = "panel"
+    GRAY = "gray"
     NPY = "npy"
 
-    @property
-    def ending(self) -> str:
-        """How names of such files end."""
-        return _ENDINGS[self]
+    def ending(self, format: PictureFormat = PictureFormat.PNG) -> str:
+        """Return how names of such files end: no two kinds alike, else maps would overwrite."""
+        if self is OutputKind.NPY:
+            return ".npy"
+        kind = "" if self is OutputKind.OVERLAY else f".{self}"
+        return kind + self.stored_as(format).ending
 
-
-_ENDINGS = {
-    OutputKind.OVERLAY: ".png",
-    OutputKind.HEATMAP: ".heatmap.png",
-    OutputKind.PANEL: ".panel.png",
-    OutputKind.NPY: ".npy",
-}
-if set(_ENDINGS) != set(OutputKind) or len(set(_ENDINGS.values())) != len(OutputKind):
-    raise TypeError("every kind of output needs a file ending of its own")  # else maps overwrite
+    def stored_as(self, format: PictureFormat) -> PictureFormat:
+        """Return the format of such pictures: the numbers of ``gray`` are never lossy."""
+        return PictureFormat.PNG if self is OutputKind.GRAY else format
 
 
 class Colormap(Word):
@@ -206,6 +217,7 @@ class PictureOptions:
         max_size: Longest side of the pictures, in pixels.
         scale: What is drawn coldest and hottest, "0:10", (0, 10) or a ``Scale``; None or "image":
             the least and the most of each map.
+        format: How pictures are stored.
     """
 
     kinds: tuple[OutputKind, ...] = (OutputKind.OVERLAY,)
@@ -213,6 +225,7 @@ class PictureOptions:
     alpha: float = 0.75
     max_size: int = 1024
     scale: Scale | str | tuple[float, float] | None = None
+    format: PictureFormat = PictureFormat.PNG
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -244,11 +257,13 @@ class PictureOptions:
         if kind is OutputKind.NPY:
             return {}
         options: dict[str, str | float] = {
-            "colormap": self.table(default).value,
             "max_size": self.max_size,
             "scale": str(self.scale or "image"),
         }
-        if kind is not OutputKind.HEATMAP:
+        if kind is not OutputKind.GRAY:
+            options["colormap"] = self.table(default).value
+            options["format"] = self.format.value
+        if kind not in (OutputKind.HEATMAP, OutputKind.GRAY):
             options["alpha"] = self.alpha
         return options
 

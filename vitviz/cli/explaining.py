@@ -78,7 +78,10 @@ def explain_images(
 
 def _pictures(run: WritingRun) -> PictureOptions:
     pictures = PictureOptions(
-        kinds=tuple(dict.fromkeys(run.save)), alpha=run.alpha, max_size=run.max_size
+        kinds=tuple(dict.fromkeys(run.save)),
+        alpha=run.alpha,
+        max_size=run.max_size,
+        format=run.format,
     )
     if not isinstance(run, RunOptions):
         return pictures

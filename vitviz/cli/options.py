@@ -20,7 +20,7 @@ from vitviz.cli.parameters import (
 )
 from vitviz.methods.table import variants
 from vitviz.models.names import DEFAULT
-from vitviz.options import Colormap, Convention, Fit, OutputKind, Precision
+from vitviz.options import Colormap, Convention, Fit, OutputKind, PictureFormat, Precision
 
 __all__ = [
     "MODEL_HELP",
@@ -186,10 +186,16 @@ class WritingRun(SharedOptions):
         declare(
             PICTURES,
             metavar="KIND",
-            help="overlay, heatmap, panel (image, overlay and heatmap side by side) or npy (the "
-            "numbers); repeatable.",
+            help="overlay, heatmap, panel (image, overlay and heatmap side by side), gray (the "
+            "heat in one channel) or npy (the numbers); repeatable.",
         ),
     ] = (OutputKind.OVERLAY,)  # type: ignore[assignment]  # a default must not be mutable
+    format: Annotated[
+        PictureFormat,
+        declare(
+            PICTURES, metavar="png|jpeg|webp", help="How pictures are stored; gray is always PNG."
+        ),
+    ] = PictureFormat.PNG
     alpha: Annotated[
         float,
         declare(PICTURES, metavar="A", help="Largest weight of the colours in overlays, 0 to 1."),

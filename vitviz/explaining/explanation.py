@@ -163,7 +163,15 @@ class Explanation:
         return Image.fromarray(self.draw(OutputKind.PANEL))
 
     def draw(self, kind: OutputKind) -> NDArray[np.uint8]:
-        """Draw a picture of any kind: (height, width, 3) RGB."""
+        """Draw a picture of any kind: (height, width, 3) RGB, of ``gray`` (height, width).
+
+        Raises:
+            OptionError: The map has more than rows and columns, and ``gray`` is of one map.
+        """
+        if kind is OutputKind.GRAY:
+            self.method.require_one_map()
+            heat = self._heat(self.relevance, self.sample.picture)
+            return np.rint(np.nan_to_num(heat) * 255).astype(np.uint8)
         if kind is OutputKind.PANEL:
             return picture_table([self._cells()], title=self.caption, subtitle=self.origin)
         if len(self.method.axes) == 2:
@@ -208,17 +216,22 @@ class Explanation:
         self, relevance: NDArray[np.float32], picture: NDArray[np.uint8], kind: OutputKind
     ) -> NDArray[np.uint8]:
         """Draw one map (rows, cols)."""
-        signed, table = self.method.is_signed, self.pictures.table(self.method.colormap)
-        heat = place_heat(
+        heat, table = self._heat(relevance, picture), self.pictures.table(self.method.colormap)
+        if kind is OutputKind.HEATMAP:
+            return color_heat(heat, table)
+        return overlay(picture, heat, table, self.pictures.alpha, signed=self.method.is_signed)
+
+    def _heat(
+        self, relevance: NDArray[np.float32], picture: NDArray[np.uint8]
+    ) -> NDArray[np.float32]:
+        """Return the heat of one map on a picture: (height, width) in [0, 1]."""
+        return place_heat(
             in_unit(relevance, self.method.unit),
             self.sample.region,
             picture.shape[:2],
-            signed=signed,
+            signed=self.method.is_signed,
             extent=self._extent,
         )
-        if kind is OutputKind.HEATMAP:
-            return color_heat(heat, table)
-        return overlay(picture, heat, table, self.pictures.alpha, signed=signed)
 
     @property
     def _extent(self) -> tuple[float, float] | None:

@@ -183,6 +183,18 @@ class Method(ABC):
             for name, value in values.items()
         }
 
+    def require_one_map(self) -> None:
+        """Make sure that its maps are of rows and columns alone.
+
+        Raises:
+            OptionError: They are not.
+        """
+        if len(self.axes) > 2:
+            raise OptionError(
+                f"--save gray is of one map an image, but {self.name} gives "
+                f"{' × '.join(self.axes)}; use --save npy"
+            )
+
     def require_model(self, model: Model) -> None:  # noqa: B027 (most are defined for all)
         """Make sure that the method is defined for a model.
 

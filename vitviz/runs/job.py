@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitviz.methods.method import Method
 from vitviz.methods.rollout import Rollout
-from vitviz.options import Fit, PictureOptions, ValueRange, require_counts
+from vitviz.options import Fit, OutputKind, PictureOptions, ValueRange, require_counts
 
 __all__ = ["Job"]
 
@@ -41,6 +41,8 @@ class Job:
         """Check the ranges.
 
         Raises:
-            OptionError: A value is outside its range.
+            OptionError: A value is outside its range, or does not go with the method.
         """
         require_counts(self.batch_size, self.workers)
+        if OutputKind.GRAY in self.pictures.kinds:
+            self.method.require_one_map()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from vitviz.images.sources import Source
-from vitviz.options import OutputKind
+from vitviz.options import OutputKind, PictureFormat
 
 __all__ = ["output_path", "short"]
 
@@ -16,10 +16,16 @@ _NAME_BYTES = 255
 
 
 def output_path(
-    folder: Path, source: Source, method: str, request: str | None, kind: OutputKind
+    folder: Path,
+    source: Source,
+    method: str,
+    request: str | None,
+    kind: OutputKind,
+    format: PictureFormat = PictureFormat.PNG,
 ) -> Path:
-    """Return where a map goes: ``OUT/KEY.METHOD[.CLASS][.KIND].png`` or ``….npy``."""
-    path = folder / (".".join(filter(None, (source.key, method, request))) + kind.ending)
+    """Return where a map goes: ``OUT/KEY.METHOD[.CLASS][.KIND].png``, ``….jpg`` or ``….npy``."""
+    ending = kind.ending(format)
+    path = folder / (".".join(filter(None, (source.key, method, request))) + ending)
     return path.with_name(short(path.name))
 
 

@@ -116,7 +116,10 @@ class Writer:
         """Yield the path, class request and kind of each file of an image."""
         for request in self.requests:
             for kind in self.job.pictures.kinds:
-                path = output_path(self.job.output, source, self.job.method.name, request, kind)
+                path = output_path(
+                    *(self.job.output, source, self.job.method.name, request, kind),
+                    self.job.pictures.format,
+                )
                 yield path, request, kind
 
     def write(self, sample: ImageSample, maps: Sequence[Explanation]) -> Result:
