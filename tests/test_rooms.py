@@ -46,6 +46,7 @@ TORCHLESS = (
         "cli.explaining",
     ),
     *("cli.evaluating", "cli.features", "cli.starting", "methods.features"),
+    *("cli.comparing", "methods.comparison"),
     *("evaluation.metrics", "evaluation.annotations", "evaluation.plot", "cli.app"),
 )
 LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FUNCTION = 400, 50, 10

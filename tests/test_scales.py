@@ -124,6 +124,25 @@ def test_bar_has_the_numbers_of_the_map() -> None:
     assert explained(Relevance(), np.ones((2, 2), np.float32)).color_bar().unit == "no heat"
 
 
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ((0.0003, 15.28), ("0", "15.3")),
+        ((-2.041, 2.041), ("-2.04", "2.04")),
+        ((-0.0001, 3), ("0", "3")),
+        ((0.0123, 0.4567), ("0.012", "0.457")),
+        ((120, 1234.5), ("120", "1234")),
+        ((0, 1.5e-9), ("0.00e+00", "1.50e-09")),
+    ],
+)
+def test_numbers_of_a_bar_have_the_figures_of_the_larger_one(
+    ends: tuple[float, float], expected: tuple[str, str]
+) -> None:
+    relevance = np.array([ends], np.float32)
+    bar = explained(Relevance(), relevance, scale=ends).color_bar()
+    assert (bar.low, bar.high) == expected
+
+
 def test_bar_of_many_heads_has_numbers_only_where_they_share_a_scale() -> None:
     heads = np.random.default_rng(0).random((2, 3, 2, 2)).astype(np.float32)
     bar = explained(RawAttention(), heads).color_bar()

@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 import vitviz
+from vitviz.cli.comparing import CompareRun, compare_images
 from vitviz.cli.completion import complete_models
 from vitviz.cli.explaining import explain_images
 from vitviz.cli.features import FeaturesRun, SimilarityRun, draw_features, draw_similarity
@@ -24,6 +25,7 @@ from vitviz.cli.parameters import method_from, method_parameters, with_options
 from vitviz.cli.starting import importing, read_size, require_known
 from vitviz.cli.surroundings import make_do
 from vitviz.errors import OptionError, VitvizError
+from vitviz.methods.comparison import Comparison
 from vitviz.methods.features import Features, Similarity
 from vitviz.methods.method import Method
 from vitviz.methods.table import METHODS
@@ -36,6 +38,10 @@ _BEGIN = "Begin with: vitviz inspect deit_tiny, then vitviz rollout img.jpg"
 _EXAMPLES = {
     "inspect": ("vitviz inspect deit_tiny", "vitviz inspect vit_base_patch14_dinov2 --full"),
     "models": ("vitviz models deit", "vitviz models 'vit_*' --supported"),
+    "compare": (
+        "vitviz compare photos/ --class top2",
+        "vitviz compare img.jpg --methods relevance,evidence --class tabby --class tiger",
+    ),
     "features": ("vitviz features photos/", "vitviz features photos/ --block 8 --save npy"),
     "similarity": (
         "vitviz similarity img.jpg --patch 3,5",
@@ -66,6 +72,10 @@ def build_app() -> typer.Typer:
     for name, method in METHODS.items():
         command = built.command(name, cls=_Command, help=method.help, epilog=_examples(name))
         command(_explaining(method))
+    compare = built.command(
+        "compare", cls=_Command, help=Comparison.help, epilog=_examples("compare")
+    )
+    compare(with_options(CompareRun, without="save")(compare_images))
     for name, drawn, run, act in (
         ("features", Features, FeaturesRun, draw_features),
         ("similarity", Similarity, SimilarityRun, draw_similarity),

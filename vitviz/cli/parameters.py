@@ -41,13 +41,14 @@ def declare(panel: str, *names: str, **settings: Any) -> Any:
 
 
 def with_options(
-    kind: type, own: list[introspection.Parameter] | None = None
+    kind: type, own: list[introspection.Parameter] | None = None, *, without: str | None = None
 ) -> Callable[[_Command], _Command]:
     """Give a command every option of a dataclass, as its first argument, ``run``.
 
     Args:
         kind: The dataclass.
         own: Options of the command itself, which it gets as keywords.
+        without: A field that is no option of this command, and keeps its default.
     """
     hints = get_type_hints(kind, include_extras=True)
     shared = [
@@ -58,6 +59,7 @@ def with_options(
             default=introspection.Parameter.empty if field.default is MISSING else field.default,
         )
         for field in fields(kind)
+        if field.name != without
     ]
     names = [parameter.name for parameter in shared]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -247,7 +248,8 @@ class Explanation:
         ends = limits(values, signed=self.method.is_signed, extent=self._extent)
         if ends is None:
             return ColorBar(colormap=table, low="", high="", unit="no heat")
-        return ColorBar(colormap=table, low=f"{ends[0]:.3g}", high=f"{ends[1]:.3g}", unit=unit)
+        low, high = _numbers(*ends)
+        return ColorBar(colormap=table, low=low, high=high, unit=unit)
 
     @property
     def origin(self) -> str:
@@ -257,19 +259,22 @@ class Explanation:
     @property
     def caption(self) -> str:
         """What the map shows, in one line."""
+        return ": ".join(filter(None, (self.method.name, self.subject)))
+
+    @property
+    def subject(self) -> str:
+        """The class that it is about with its score; empty where it is about none."""
         if self.class_index is None:
-            return self.method.name + (
-                f": {printable(self.request)} ({self.class_score:.3g})" if self.request else ""
-            )
+            return f"{printable(self.request)} ({self.class_score:.3g})" if self.request else ""
         own = _named(self.class_label, self.class_index)
         score = "" if self.class_score is None else f" ({_percentage(self.class_score)})"
         if self.versus_index is None:
-            return f"{self.method.name}: {own}{score}"
+            return f"{own}{score}"
         other = _named(self.versus_label, self.versus_index)
         # Of two descriptions, each with its synonyms, a caption has no room.
         own, other = own.partition(",")[0], other.partition(",")[0]
         versus = "" if self.versus_score is None else f" ({_percentage(self.versus_score)})"
-        return f"{self.method.name}: {own}{score} versus {other}{versus}"
+        return f"{own}{score} versus {other}{versus}"
 
     def caveats(self) -> list[Caveat]:
         """Say why the picture may mislead; nothing where it need not."""
@@ -294,6 +299,17 @@ class Explanation:
 
 def _named(label: str | None, class_index: int) -> str:
     return printable(label or f"class {class_index}")
+
+
+def _numbers(low: float, high: float) -> tuple[str, str]:
+    """Write two numbers with as many decimals as give the larger one three figures."""
+    largest = max(abs(low), abs(high))
+    decimals = max(2 - math.floor(math.log10(largest)), 0) if largest else 0
+    if decimals > 6:
+        return f"{low:.2e}", f"{high:.2e}"
+    words = (f"{each:.{decimals}f}" for each in (low, high))
+    first, second = (word.rstrip("0").rstrip(".") if "." in word else word for word in words)
+    return "0" if first == "-0" else first, second
 
 
 def _percentage(score: float) -> str:

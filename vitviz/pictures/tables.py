@@ -49,9 +49,9 @@ class ColorBar:
         sheet = Image.new("RGB", (width, ColorBar.height(size)), _PAPER)
         sheet.paste(bar, (0, GAP))
         draw, line = ImageDraw.Draw(sheet), GAP + bar.height + size * 3 // 4
-        side = width // 4
-        write(draw, (0, line), self.low, size=size, width=side, anchor="lm", ink=FAINT)
-        write(draw, (width, line), self.high, size=size, width=side, anchor="rm", ink=FAINT)
+        side, edge = width // 4, GAP // 2
+        write(draw, (edge, line), self.low, size=size, width=side, anchor="lm", ink=FAINT)
+        write(draw, (width - edge, line), self.high, size=size, width=side, anchor="rm", ink=FAINT)
         middle = (width // 2, line)
         write(draw, middle, self.unit, size=size, width=width // 2, anchor="mm", ink=FAINT)
         return sheet
@@ -107,8 +107,8 @@ def picture_table(
 
 def _line(text: str, size: int, width: int, ink: tuple[int, int, int] = INK) -> Image.Image:
     line = Image.new("RGB", (width, size * 7 // 4), _PAPER)
-    place = (size // 2, line.height // 2)
-    write(ImageDraw.Draw(line), place, text, size=size, width=width - size, ink=ink)
+    place = (GAP, line.height // 2)
+    write(ImageDraw.Draw(line), place, text, size=size, width=width - 2 * GAP, ink=ink)
     return line
 
 
