@@ -33,9 +33,9 @@ setup-lowest:  ## the same, with the lowest versions that pyproject.toml accepts
 	@touch .venv/installed
 
 demo: setup  ## explain the sample scenes with the bundled model, into vitviz-out/
-	$(BIN)/vitviz rollout -m demo sample_images/scenes
-	$(BIN)/vitviz grad-rollout -m demo $(SCENE) --save overlay --save panel \
-		$(addprefix --class ,$(SCENE_CLASSES))
+	$(BIN)/vitviz relevance -m demo sample_images/scenes
+	$(BIN)/vitviz compare -m demo $(SCENE) $(addprefix --class ,$(SCENE_CLASSES)) \
+		--methods relevance --methods evidence
 
 test: setup  ## run the tests, on two cores (WORKERS=4: on four)
 	$(PYTEST_PARALLEL)

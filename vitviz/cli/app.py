@@ -34,7 +34,8 @@ __all__ = ["app", "build_app", "main"]
 
 _UsageError: Any = typer.BadParameter.__base__  # click's, wherever this typer keeps click
 
-_BEGIN = "Begin with: vitviz inspect deit_tiny, then vitviz rollout img.jpg"
+_BEGIN = "Begin with: vitviz inspect deit_tiny, then vitviz relevance img.jpg"
+_FIRST = "relevance"  # of the commands that explain: what most people come for
 _EXAMPLES = {
     "inspect": ("vitviz inspect deit_tiny", "vitviz inspect vit_base_patch14_dinov2 --full"),
     "models": ("vitviz models deit", "vitviz models 'vit_*' --supported"),
@@ -69,7 +70,8 @@ def build_app() -> typer.Typer:
     built.callback()(_top)
     built.command("inspect", cls=_Command, epilog=_examples("inspect"))(_inspect)
     built.command("models", cls=_Command, epilog=_examples("models"))(_models)
-    for name, method in METHODS.items():
+    for name in dict.fromkeys((_FIRST, *METHODS)):
+        method = METHODS[name]
         command = built.command(name, cls=_Command, help=method.help, epilog=_examples(name))
         command(_explaining(method))
     compare = built.command(
