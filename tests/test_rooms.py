@@ -40,6 +40,7 @@ TORCHLESS = (
     *(
         "methods.table",
         "runs.job",
+        "runs.shards",
         "evaluation.options",
         "cli.options",
         "cli.parameters",

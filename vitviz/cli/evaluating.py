@@ -32,7 +32,7 @@ def evaluate_images(run: EvaluationRun) -> NoReturn:
         require_matplotlib()
     options = _evaluation_options(run)
     found = find(run)
-    refuse_cheap_mistakes(run, found)
+    refuse_cheap_mistakes(run, found.sources)
     reporter, model = load(run, found)
 
     from vitviz.evaluation.annotations import read_truth

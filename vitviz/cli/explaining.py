@@ -17,6 +17,7 @@ from vitviz.errors import ImageError, OutputError
 from vitviz.methods.method import Method
 from vitviz.options import PictureOptions, ValueRange
 from vitviz.runs.job import Job
+from vitviz.runs.shards import Shard
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.images.sources import Source
@@ -55,7 +56,13 @@ def explain_images(
 
     job = _job(run, method)
     found = find(run)
-    refuse_cheap_mistakes(run, found, method)
+    sources = job.part_of(found.sources)
+    if job.shard and not run.quiet:
+        total = len(found.sources)
+        typer.echo(f"Shard {job.shard}: {len(sources):,} of {total:,} images", err=True)
+    if not sources:
+        raise typer.Exit
+    refuse_cheap_mistakes(run, sources, method)
     prepare_folder(run.output)
     reporter, model = load(run, found)
 
@@ -68,7 +75,7 @@ def explain_images(
             made = plan(model, found.sources, job)
             results = pipeline.run(model, found.sources, made.job, finish=made.finish, warn=warn)
             shown = interruption.between(results)
-            reporter.show(shown, len(found.sources), run_record(model.record, made.job))
+            reporter.show(shown, len(sources), run_record(model.record, made.job))
         except ImageError as error:  # the one that all others hang on
             complain(str(error), code=1)
         except OutputError as error:  # what went before is written: no reason to leave with 2
@@ -98,4 +105,5 @@ def _job(run: WritingRun, method: Method) -> Job:
         skip_existing=run.skip_existing,
         batch_size=read_count(run.batch_size, "--batch-size"),
         workers=read_count(run.workers, "--workers"),
+        shard=None if run.shard is None else Shard.parse(run.shard),
     )

@@ -212,6 +212,17 @@ class WritingRun(SharedOptions):
             "model, weights and options.",
         ),
     ] = False
+    shard: Annotated[
+        str | None,
+        declare(
+            RUNNING,
+            metavar="I/N|auto",
+            help="Explain only part I of N, counted from 1: every image is in one part, by its "
+            "key. auto: by the variables of Slurm, torchrun, Kubernetes (auto/N) or GNU parallel "
+            "(auto/N).",
+            show_default=False,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

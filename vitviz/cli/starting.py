@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,9 @@ def _arguments(words: Iterable[str], separator: str) -> Iterator[str | Path]:
             yield word
 
 
-def refuse_cheap_mistakes(run: SharedOptions, found: Found, method: Method | None = None) -> None:
+def refuse_cheap_mistakes(
+    run: SharedOptions, sources: Sequence[Source], method: Method | None = None
+) -> None:
     """Find what is sure to fail before torch is loaded and weights are looked for."""
     from vitviz.images.decoding import require_readable
 
@@ -93,7 +95,7 @@ def refuse_cheap_mistakes(run: SharedOptions, found: Found, method: Method | Non
     if run.as_json:  # a record tells of the model, too
         return
     failures: list[str] = []
-    for source in found.sources:
+    for source in sources:
         try:
             require_readable(source)
         except ImageError as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitviz.images.sources import Source
 from vitviz.methods.method import Method
 from vitviz.methods.rollout import Rollout
 from vitviz.options import Fit, OutputKind, PictureOptions, ValueRange, require_counts
+from vitviz.runs.shards import Shard
 
 __all__ = ["Job"]
 
@@ -26,6 +29,7 @@ class Job:
         skip_existing: Leave out images whose files are there, made by the same recipe.
         batch_size: Images run at once; None: chosen by the number of tokens.
         workers: Threads for decoding and for writing; None: as many as cores.
+        shard: Which part of the images is explained; None: all.
     """
 
     method: Method = Rollout()
@@ -36,6 +40,7 @@ class Job:
     skip_existing: bool = False
     batch_size: int | None = None
     workers: int | None = None
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -46,3 +51,7 @@ class Job:
         require_counts(self.batch_size, self.workers)
         if OutputKind.GRAY in self.pictures.kinds:
             self.method.require_one_map()
+
+    def part_of(self, sources: Sequence[Source]) -> Sequence[Source]:
+        """Return the images that this process is to explain."""
+        return [each for each in sources if self.shard.holds(each.key)] if self.shard else sources

@@ -52,7 +52,7 @@ def run(
 
     Args:
         model: The model; it is left as it was.
-        sources: The images.
+        sources: The images; of these, all that the job's shard holds are explained.
         job: What to do with them.
         finish: What is done to each image that is explained before it is written.
         warn: Is told what the user should know while the work goes on.
@@ -70,6 +70,7 @@ def run(
     transform = input_transform(model, job.fit, job.value_range)
     writer = Writer(model=model.record, job=job, requests=requests)
     writer.refuse_overwriting(sources)
+    sources = job.part_of(sources)  # only now: no shard may overwrite what another one reads
     sweep({job.output, *(path.parent for each in sources for path, _, _ in writer.files(each))})
     batch_size = job.batch_size or images_at_once(model)
     depth = 2 * batch_size  # how far each stage may be ahead: enough for the model to have a batch
