@@ -19,8 +19,8 @@ from vitviz.options import (
     Convention,
     Fit,
     HeadFusion,
-    OutputKind,
     Precision,
+    Saved,
 )
 
 README, REFERENCE = ROOT / "README.md", ROOT / "docs" / "commands.md"
@@ -30,7 +30,7 @@ PAGES = [README, *DOCS, *CARDS]
 COMMANDS = {name: options_of(each.params) | {"--help", "-h"} for name, each in commands().items()}
 PROGRAM = options_of(program_parameters()) | {"--help", "-h"}
 OPTIONS = sorted(PROGRAM.union(*COMMANDS.values()))
-CHOICES = (*OutputKind, *Fit, *HeadFusion, *Colormap, *Precision, *Convention, *AttentionRule)
+CHOICES = (*Saved, *Fit, *HeadFusion, *Colormap, *Precision, *Convention, *AttentionRule)
 LARGEST_README = 12 * 1024  # bytes
 
 _OUR_FOLDERS = ("docs", "tests", "vitviz", "sample_images", ".ci", ".github")

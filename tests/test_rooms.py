@@ -41,6 +41,7 @@ TORCHLESS = (
         "methods.table",
         "runs.job",
         "runs.shards",
+        "runs.tables",
         "evaluation.options",
         "cli.options",
         "cli.parameters",

@@ -22,6 +22,7 @@ __all__ = [
     "PictureOptions",
     "Precision",
     "ResidualRule",
+    "Saved",
     "Scale",
     "Unit",
     "ValueRange",
@@ -135,6 +136,18 @@ class OutputKind(Word):
     def stored_as(self, format: PictureFormat) -> PictureFormat:
         """Return the format of such pictures: the numbers of ``gray`` are never lossy."""
         return PictureFormat.PNG if self is OutputKind.GRAY else format
+
+
+class Saved(Word):
+    """What is kept of each map: files of a kind, the numbers in a table, or neither."""
+
+    OVERLAY = "overlay"
+    HEATMAP = "heatmap"
+    PANEL = "panel"
+    GRAY = "gray"
+    NPY = "npy"
+    TABLE = "table"
+    NONE = "none"
 
 
 class Colormap(Word):

@@ -12,7 +12,7 @@ from vitviz.cli.options import RunOptions
 from vitviz.cli.parameters import EXPLAIN, PICTURES, declare
 from vitviz.methods.comparison import Comparison
 from vitviz.methods.table import variants
-from vitviz.options import OutputKind
+from vitviz.options import Saved
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.images.sources import Source
@@ -46,7 +46,7 @@ class CompareRun(RunOptions):
             help="Class to explain: an index, a label, top1 or topK. Repeatable, one row for each.",
         ),
     ] = ("top1",)  # type: ignore[assignment]  # a default must not be mutable
-    save: list[OutputKind] = (OutputKind.PANEL,)  # type: ignore[assignment]  # the sheet alone
+    save: list[Saved] = (Saved.PANEL,)  # type: ignore[assignment]  # the sheet alone
     max_size: Annotated[
         int,
         declare(PICTURES, metavar="N", help="Longest side of each picture of a sheet, in pixels."),

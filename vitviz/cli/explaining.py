@@ -13,10 +13,10 @@ from vitviz.cli.leaving import complain, until_reader_leaves
 from vitviz.cli.options import RunOptions, WritingRun
 from vitviz.cli.signals import Interruption
 from vitviz.cli.starting import find, load, read_count, refuse_cheap_mistakes
-from vitviz.errors import ImageError, OutputError
+from vitviz.errors import ImageError, OptionError, OutputError
 from vitviz.methods.method import Method
-from vitviz.options import PictureOptions, ValueRange
-from vitviz.runs.job import Job
+from vitviz.options import OutputKind, PictureOptions, Saved, ValueRange
+from vitviz.runs.job import Job, require_parquet
 from vitviz.runs.shards import Shard
 
 if TYPE_CHECKING:  # these rooms load torch
@@ -63,7 +63,8 @@ def explain_images(
     if not sources:
         raise typer.Exit
     refuse_cheap_mistakes(run, sources, method)
-    prepare_folder(run.output)
+    if job.pictures.kinds:
+        prepare_folder(run.output)
     reporter, model = load(run, found)
 
     from vitviz.runs import pipeline
@@ -85,7 +86,7 @@ def explain_images(
 
 def _pictures(run: WritingRun) -> PictureOptions:
     pictures = PictureOptions(
-        kinds=tuple(dict.fromkeys(run.save)),
+        kinds=_kinds(run),
         alpha=run.alpha,
         max_size=run.max_size,
         format=run.format,
@@ -105,5 +106,22 @@ def _job(run: WritingRun, method: Method) -> Job:
         skip_existing=run.skip_existing,
         batch_size=read_count(run.batch_size, "--batch-size"),
         workers=read_count(run.workers, "--workers"),
+        records=run.records,
+        table=Saved.TABLE in run.save,
         shard=None if run.shard is None else Shard.parse(run.shard),
     )
+
+
+def _kinds(run: WritingRun) -> tuple[OutputKind, ...]:
+    """Return the kinds of files that are asked for, and make sure that all makes sense."""
+    saved = dict.fromkeys(run.save)
+    if run.records is not None:
+        require_parquet(run.records)
+    elif Saved.TABLE in saved:
+        raise OptionError("--save table needs a table; name one, as --records maps.parquet")
+    elif Saved.NONE in saved and not run.as_json:
+        raise OptionError("--save none leaves nothing; add --records maps.parquet or --json")
+    if Saved.NONE in saved and len(saved) > 1:
+        others = ", ".join(saved.keys() - {Saved.NONE})
+        raise OptionError(f"--save none and {others} are both given; leave one out")
+    return tuple(OutputKind(each) for each in saved if each not in (Saved.TABLE, Saved.NONE))

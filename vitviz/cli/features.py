@@ -14,7 +14,7 @@ from vitviz.cli.options import RunOptions, WritingRun
 from vitviz.cli.parameters import EXPLAIN, PICTURES, declare, method_from
 from vitviz.errors import OptionError
 from vitviz.methods.features import Features, Similarity
-from vitviz.options import OutputKind
+from vitviz.options import Saved
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.images.sources import Source
@@ -29,14 +29,15 @@ class FeaturesRun(WritingRun):
     """The options of ``features``."""
 
     save: Annotated[
-        list[OutputKind],
+        list[Saved],
         declare(
             PICTURES,
             metavar="KIND",
             help="heatmap (the colours alone), overlay, panel (image, overlay and colours side by "
-            "side) or npy (the features); repeatable.",
+            "side), npy (the features), table (the features, in the table of --records) or none; "
+            "repeatable.",
         ),
-    ] = (OutputKind.HEATMAP,)  # type: ignore[assignment]  # a default must not be mutable
+    ] = (Saved.HEATMAP,)  # type: ignore[assignment]  # a default must not be mutable
 
 
 @dataclass(frozen=True, kw_only=True)

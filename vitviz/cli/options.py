@@ -20,7 +20,7 @@ from vitviz.cli.parameters import (
 )
 from vitviz.methods.table import variants
 from vitviz.models.names import DEFAULT
-from vitviz.options import Colormap, Convention, Fit, OutputKind, PictureFormat, Precision
+from vitviz.options import Colormap, Convention, Fit, PictureFormat, Precision, Saved
 
 __all__ = [
     "MODEL_HELP",
@@ -182,14 +182,25 @@ class WritingRun(SharedOptions):
         Path, declare(PICTURES, "-o", "--output", metavar="DIR", help="Folder to write to.")
     ] = Path("vitviz-out")
     save: Annotated[
-        list[OutputKind],
+        list[Saved],
         declare(
             PICTURES,
             metavar="KIND",
             help="overlay, heatmap, panel (image, overlay and heatmap side by side), gray (the "
-            "heat in one channel) or npy (the numbers); repeatable.",
+            "heat in one channel), npy (the numbers), table (the numbers, in the table of "
+            "--records) or none; repeatable.",
         ),
-    ] = (OutputKind.OVERLAY,)  # type: ignore[assignment]  # a default must not be mutable
+    ] = (Saved.OVERLAY,)  # type: ignore[assignment]  # a default must not be mutable
+    records: Annotated[
+        Path | None,
+        declare(
+            PICTURES,
+            metavar="DIR.parquet",
+            help="Write a table with a row for each map into this folder of Parquet files. Needs "
+            "vitviz[parquet].",
+            show_default=False,
+        ),
+    ] = None
     format: Annotated[
         PictureFormat,
         declare(
@@ -208,8 +219,8 @@ class WritingRun(SharedOptions):
         declare(
             RUNNING,
             "--skip-existing",
-            help="Leave out images whose maps are there, made from the same bytes with the same "
-            "model, weights and options.",
+            help="Leave out images whose maps (with --records: rows) are there, made from the "
+            "same bytes with the same model, weights and options.",
         ),
     ] = False
     shard: Annotated[

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+from vitviz.errors import OptionError
 from vitviz.images.sources import Source
 from vitviz.methods.method import Method
 from vitviz.methods.rollout import Rollout
 from vitviz.options import Fit, OutputKind, PictureOptions, ValueRange, require_counts
 from vitviz.runs.shards import Shard
 
-__all__ = ["Job"]
+__all__ = ["Job", "require_parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Job:
         skip_existing: Leave out images whose files are there, made by the same recipe.
         batch_size: Images run at once; None: chosen by the number of tokens.
         workers: Threads for decoding and for writing; None: as many as cores.
+        records: Folder of a table with a row for each map; None: no table.
+        table: Put the relevance into the table, too.
         shard: Which part of the images is explained; None: all.
     """
 
@@ -40,6 +44,8 @@ class Job:
     skip_existing: bool = False
     batch_size: int | None = None
     workers: int | None = None
+    records: Path | None = None
+    table: bool = False
     shard: Shard | None = None
 
     def __post_init__(self) -> None:
@@ -55,3 +61,17 @@ class Job:
     def part_of(self, sources: Sequence[Source]) -> Sequence[Source]:
         """Return the images that this process is to explain."""
         return [each for each in sources if self.shard.holds(each.key)] if self.shard else sources
+
+
+def require_parquet(folder: Path) -> None:
+    """Make sure that a table can be written to.
+
+    Raises:
+        OptionError: pyarrow is not installed, or the name is not that of such a table.
+    """
+    if folder.suffix != ".parquet":
+        raise OptionError(f"--records is {folder}; give a name that ends in .parquet")
+    if find_spec("pyarrow") is None:
+        raise OptionError(
+            "--records needs pyarrow, which is not installed; try pip install 'vitviz[parquet]'"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from vitviz.models.model import Model
 from vitviz.options import Fit
 from vitviz.runs.job import Job
 from vitviz.runs.records import Result, Writer, failure
+from vitviz.runs.rows import RowWriter
 from vitviz.runs.writing import sweep
 from vitviz.streaming import map_ahead, stop_with, worker_threads
 
@@ -73,14 +75,15 @@ def run(
     sources = job.part_of(sources)  # only now: no shard may overwrite what another one reads
     sweep({job.output, *(path.parent for each in sources for path, _, _ in writer.files(each))})
     batch_size = job.batch_size or images_at_once(model)
+    rows = RowWriter(writer, sources) if job.records else None
     depth = 2 * batch_size  # how far each stage may be ahead: enough for the model to have a batch
-    with worker_threads(job.workers) as pool:
-        prepared = map_ahead(pool, partial(_prepare, writer, transform), sources, depth)
+    with closing(rows) if rows else nullcontext(), worker_threads(job.workers) as pool:
+        prepared = map_ahead(pool, partial(_prepare, writer, rows, transform), sources, depth)
         explained = explain_samples(
             model, prepared, job.method, pictures=job.pictures, batch_size=batch_size, warn=warn
         )
         told = count_caveats(finish(explained), warn)
-        written = map_ahead(pool, partial(_write, writer), told, depth, drain=True)
+        written = map_ahead(pool, partial(_write, writer, rows), told, depth, drain=True)
         yield from _up_to_fatal_error(written)
 
 
@@ -100,24 +103,30 @@ def count_caveats(
     tally.tell(warn)
 
 
-def _prepare(writer: Writer, transform: InputTransform, source: Source) -> ImageSample | Result:
+def _prepare(
+    writer: Writer, rows: RowWriter | None, transform: InputTransform, source: Source
+) -> ImageSample | Result:
     """Load an image, or find that it needs no work."""
+    pictures = writer.job.pictures
     try:
         file = read_file(source)
-        if writer.job.skip_existing and (result := writer.skipped(file)):
+        if writer.job.skip_existing and (result := (rows or writer).skipped(file)):
             return result
-        return load_sample(file, transform, writer.job.pictures.max_size)
+        return load_sample(file, transform, pictures.max_size if pictures.kinds else 1)
     except (ImageError, MemoryError) as error:
         return failure(source, error)
 
 
-def _write(writer: Writer, item: Explained | Failed | Result) -> Result:
-    """Write the files of an image that is explained."""
-    if isinstance(item, Result):
-        return item
-    if isinstance(item, Failed):
-        return Result(source=item.source, status="failed", error=item.error)
-    return writer.write(item.sample, item.maps)
+def _write(writer: Writer, rows: RowWriter | None, item: Item) -> Result:
+    """Write the files of an image that is explained, and its rows."""
+    if isinstance(item, Explained):
+        result = writer.write(item.sample, item.maps)
+    elif isinstance(item, Failed):
+        result = Result(source=item.source, status="failed", error=item.error)
+    else:
+        result = item
+    maps = item.maps if isinstance(item, Explained) else ()
+    return rows.add(maps, result) if rows else result
 
 
 def _up_to_fatal_error(

@@ -122,6 +122,18 @@ class Writer:
                 )
                 yield path, request, kind
 
+    def outputs_of(self, request: str | None, result: Result) -> list[Output]:
+        """Return the files of one map of an image."""
+        pairs = zip(self.files(result.source), result.outputs, strict=True)
+        return [output for (_, its, _), output in pairs if its == request]
+
+    def row_recipe(self, digest: str, request: str | None) -> str:
+        """Return the digest of all that decides a map's row in a table, and its files."""
+        kinds = (OutputKind.NPY, *self.job.pictures.kinds)  # of .npy, what is in all recipes
+        recipes = [self._recipe(digest, request, kind) for kind in kinds]
+        content = json.dumps([recipes, self.job.table], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
     def write(self, sample: ImageSample, maps: Sequence[Explanation]) -> Result:
         """Draw and write an image's files."""
         source = sample.source
@@ -218,7 +230,7 @@ def run_record(model: ModelRecord, job: Job) -> dict[str, Any]:
                 "labels": model.labels_source,
                 "class": list(method.classes) if isinstance(method, ClassMethod) else [],
                 **_versus(method),
-                "save": [kind.value for kind in job.pictures.kinds],
+                "save": [kind.value for kind in job.pictures.kinds] + ["table"] * job.table,
             },
         },
     }

@@ -36,8 +36,12 @@ _TEMPORARY = re.compile(r"\.vitviz-[0-9a-f]{16}\.tmp")
 _FORGOTTEN = 24 * 60 * 60  # seconds; a writer needs its temporary file for moments
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the output folder and make sure that it can be written to.
+def prepare_folder(folder: Path, option: str = "--output") -> None:
+    """Make a folder and make sure that it can be written to.
+
+    Args:
+        folder: The folder.
+        option: What names it.
 
     Raises:
         OutputError: It cannot.
@@ -48,7 +52,7 @@ def prepare_folder(folder: Path) -> None:
             temporary.unlink()
     except OSError as error:
         raise OutputError(
-            f"--output {folder} cannot be written to: {error.strerror}; choose another folder"
+            f"{option} {folder} cannot be written to: {error.strerror}; choose another folder"
         ) from error
 
 
@@ -90,14 +94,14 @@ def require_own(path: Path, is_own: Callable[[Path], bool]) -> bool:
     return False
 
 
-def fatal_write_error(folder: Path, error: OutputError) -> str | None:
+def fatal_write_error(folder: Path, error: OutputError, option: str = "--output") -> str | None:
     """Tell why no other file could be written either, after one could not; None if it could."""
     if not isinstance(error.__cause__, OSError):  # the file in the way is in the way of no other
         return None
     if error.__cause__.errno in _NO_ROOM:
         return f"no room is left for {folder}; make some, then go on with --skip-existing"
     try:
-        prepare_folder(folder)
+        prepare_folder(folder, option)
     except OutputError as trouble:
         return str(trouble)
     return None
