@@ -191,7 +191,7 @@ def _maps_of(items: Iterable[Explained | Failed], *, skip: bool) -> list[Explana
         elif skip:
             failed.append(item)
         else:
-            raise ImageError(f"{item.source.path} {item.error}")
+            raise ImageError(f"{item.source.name} {item.error}")
     _warn_of_failures(failed)
     return explanations
 
@@ -208,7 +208,7 @@ def _batch_size(given: object) -> int | None:
 def _warn_of_failures(failed: Sequence[Failed]) -> None:
     if failed:
         images = "1 image" if len(failed) == 1 else f"{len(failed)} images"
-        first = f"{failed[0].source.path}: {failed[0].error}"
+        first = f"{failed[0].source.name}: {failed[0].error}"
         warn(f"{images} failed and left out, the first: {first}")
 
 

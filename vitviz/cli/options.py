@@ -56,7 +56,8 @@ class SharedOptions:
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Images, folders (recursive), quoted globs, or - for paths on stdin.",
+            help="Images, folders (recursive), quoted globs, URLs (s3://, https://, hf:// …), .tar "
+            "and .parquet files of images, @FILE for a list of them, or - for a list on stdin.",
             show_default=False,
         ),
     ]

@@ -103,7 +103,7 @@ class Reporter:
         """Count what became of an image, and tell why it failed if it did."""
         self._counts[status] += 1
         if error:
-            text = f"failed: {source.path}: {error}"
+            text = f"failed: {source.name}: {error}"
             self._errors.print(Text(printable(text), "red"), soft_wrap=True)
 
     def _show(self, result: Result, run: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ class Reporter:
 def _record(result: Result, run: dict[str, Any]) -> dict[str, Any]:
     """Return the NDJSON record of a result."""
     return {
-        "source": os.fspath(result.source.path),
+        "source": result.source.name,
         "status": result.status,
         "outputs": [output.to_record() for output in result.outputs],
         "predictions": [asdict(prediction) for prediction in result.predictions],

@@ -29,6 +29,7 @@ from vitviz.errors import (
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.cli.reporter import Reporter
     from vitviz.images.sources import Source
+    from vitviz.images.stores import StoredObject
     from vitviz.methods.method import Method
     from vitviz.models.model import Model
 
@@ -70,14 +71,17 @@ def find(run: SharedOptions) -> Found:
     return Found(sources, fruitless)
 
 
-def _arguments(words: Iterable[str], separator: str) -> Iterator[str | Path]:
-    """Yield the sources as typed, ``-`` replaced by the paths on stdin, which are no globs."""
+def _arguments(words: Iterable[str], separator: str) -> Iterator[str | Path | StoredObject]:
+    """Yield the sources as typed; ``-`` and ``@LIST`` replaced by what they name, never globs."""
+    from vitviz.images.lists import listed, read_list
+
     for word in words:
         if word == "-" and sys.stdin is None:
             raise SourceError("- means the paths on stdin, which is closed; give them another way")
         if word == "-":
-            paths = os.fsdecode(sys.stdin.buffer.read()).split(separator)
-            yield from (Path(path) for path in paths if path)
+            yield from listed(os.fsdecode(sys.stdin.buffer.read()).split(separator))
+        elif word.startswith("@") and not os.path.lexists(word):
+            yield from read_list(word[1:], separator)
         else:
             yield word
 
@@ -99,7 +103,7 @@ def refuse_cheap_mistakes(
         try:
             require_readable(source)
         except ImageError as error:
-            failures.append(f"failed: {source.path}: {error}")
+            failures.append(f"failed: {source.name}: {error}")
         else:
             return  # one that can be read: the others fail in their turn
     for failure in failures:

@@ -122,7 +122,7 @@ def _expect_classes(model: Model, subjects: Iterable[AnnotatedImage]) -> None:
     for subject in subjects:
         if subject.truth is not None and not 0 <= subject.truth < model.num_classes:
             raise LabelError(
-                f"the true class of {subject.source.path} is {subject.truth}, but {model.name} has "
+                f"the true class of {subject.source.name} is {subject.truth}, but {model.name} has "
                 f"{model.num_classes} classes; give an index from 0 to {model.num_classes - 1}"
             )
 
@@ -134,7 +134,7 @@ def _count_remarks(
     tally = Tally()
     for task in tasks:
         if isinstance(task, Task) and task.is_last:
-            tally.add(task.sample.remarks, "image", task.sample.source.path)
+            tally.add(task.sample.remarks, "image", task.sample.source.name)
         yield task
     tally.tell(warn)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -188,7 +187,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it, as JSON can hold it."""
-        failed = {os.fspath(each.source.path): each.error for each in self.failed}
+        failed = {each.source.name: each.error for each in self.failed}
         document = {
             **self.settings,
             "images": self.images,
@@ -371,7 +370,7 @@ def _is_masked(measurement: ImageScores) -> bool:
 def _record(measurement: ImageScores, case: ClassScores) -> dict[str, Any]:
     other = {"versus_index": case.versus_index, "versus_label": case.versus_label}
     return {
-        "source": os.fspath(measurement.source.path),
+        "source": measurement.source.name,
         "class_index": case.class_index,
         "class_label": case.class_label,
         **({} if case.versus_index is None else other),
@@ -382,7 +381,7 @@ def _record(measurement: ImageScores, case: ClassScores) -> dict[str, Any]:
 
 def _rows(measurement: ImageScores, case: ClassScores) -> Iterator[list[Any]]:
     """Yield a table's rows, one a method; what is not known is empty."""
-    source = os.fspath(measurement.source.path)
+    source = measurement.source.name
     for name, scores in case.scores.items():
         numbers = [scores.get(metric.name) for metric in METRICS]
         yield [source, case.class_index, case.class_label, case.truth, name, *numbers]

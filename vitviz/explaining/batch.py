@@ -219,9 +219,8 @@ def _backward(model: Model, method: Method) -> Iterator[_Backward]:
     with ExitStack() as stack:
         residuals = None
         if method.balances_residuals:
-            residuals = stack.enter_context(
-                BalancedResiduals(all_blocks(model.module, model.layout))
-            )
+            blocks = all_blocks(model.module, model.layout)
+            residuals = stack.enter_context(BalancedResiduals(blocks))
         rule = method.backward_rule
         yield nullcontext if rule is None else partial(LinearizedBackward, rule, residuals)
 

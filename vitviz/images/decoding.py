@@ -69,12 +69,16 @@ class ImageFile:
 def require_readable(source: Source) -> int:
     """Make sure that an image file can be opened, without reading it.
 
+    What is no local file is taken for readable: to ask costs as much as to read.
+
     Returns:
-        Its size in bytes.
+        Its size in bytes; 0 for what is no local file.
 
     Raises:
         ImageError: It cannot, is too large, or no regular file.
     """
+    if source.origin is not None:
+        return 0
     try:
         status = source.path.stat()
         if stat.S_ISDIR(status.st_mode):  # may be here because it could not be looked into
@@ -82,7 +86,7 @@ def require_readable(source: Source) -> int:
         if not stat.S_ISREG(status.st_mode):  # a pipe would make us wait for ever
             raise ImageError("is not a regular file")
         if status.st_size > _FILE_BYTES:
-            raise ImageError(f"has {status.st_size:,} bytes; expected at most {_FILE_BYTES:,}")
+            raise _too_large(status.st_size)
         source.path.open("rb").close()
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
@@ -97,15 +101,25 @@ def read_file(source: Source) -> ImageFile:
     Raises:
         ImageError: It cannot be read, is empty, too large, or no regular file.
     """
+    content = _content(source) if source.origin is None else source.origin.read()
+    if not content:
+        raise ImageError("is empty")
+    if len(content) > _FILE_BYTES:
+        raise _too_large(len(content))
+    return ImageFile(source=source, content=content, digest=hashlib.sha256(content).hexdigest())
+
+
+def _content(source: Source) -> bytes:
     size = require_readable(source)
     try:
         # A file of no bytes may be one of the kernel's, which can make us wait, too.
-        content = source.path.read_bytes() if size else b""
+        return source.path.read_bytes() if size else b""
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
-    if not content:
-        raise ImageError("is empty")
-    return ImageFile(source=source, content=content, digest=hashlib.sha256(content).hexdigest())
+
+
+def _too_large(size: int) -> ImageError:
+    return ImageError(f"has {size:,} bytes; expected at most {_FILE_BYTES:,}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 __all__ = ["Remark", "Tally"]
 
@@ -29,24 +28,24 @@ class Tally:
     def __init__(self) -> None:
         """Begin with none."""
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._first: dict[tuple[str, str], tuple[Path, str]] = {}
+        self._first: dict[tuple[str, str], tuple[str, str]] = {}
 
-    def add(self, remarks: Iterable[Remark], unit: str, path: Path) -> None:
+    def add(self, remarks: Iterable[Remark], unit: str, name: str) -> None:
         """Count remarks.
 
         Args:
             remarks: Of one image or map.
             unit: "image" or "map".
-            path: The image.
+            name: Of the image.
         """
         for remark in remarks:
             key = (remark.what, unit)
             self._counts[key] += 1
-            self._first.setdefault(key, (path, remark.why))
+            self._first.setdefault(key, (name, remark.why))
 
     def tell(self, warn: Callable[[str], None]) -> None:
         """Say once for each reason how many there were, and which was the first."""
         for (what, unit), count in self._counts.items():
-            path, why = self._first[what, unit]
+            name, why = self._first[what, unit]
             units = f"1 {unit}" if count == 1 else f"{count} {unit}s"
-            warn(f"{what} in {units}, the first of {path}: {why}")
+            warn(f"{what} in {units}, the first of {name}: {why}")

@@ -52,7 +52,7 @@ class ImageSample:
     def __repr__(self) -> str:
         """Say which image it is, without its pixels."""
         seen = "×".join(map(str, self.pixels.shape[:2]))
-        return f"<ImageSample {self.source.path}, {self.size[0]}×{self.size[1]}, seen at {seen}>"
+        return f"<ImageSample {self.source.name}, {self.size[0]}×{self.size[1]}, seen at {seen}>"
 
 
 def load_sample(file: ImageFile, frame: InputTransform, max_size: int) -> ImageSample:

@@ -1,4 +1,4 @@
-"""Files, folders and globs → the images of a call; opens none of them."""
+"""Files, folders, globs, URLs and archives → the images of a call; opens no image."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitviz.errors import SourceError
+from vitviz.images.archives import ARCHIVES, members
+from vitviz.images.stores import Origin, StoredObject, is_url, list_objects
 
 __all__ = ["SUFFIXES", "Source", "find_sources", "identity"]
 
@@ -29,51 +31,91 @@ class Source:
     """One image to explain.
 
     Attributes:
-        path: Where it is, as the user may open it.
+        path: Where it is, as the user may open it; for what is no file, its name alone.
         key: Its relative path under the output folder, with "/" between the parts.
+        origin: Where its bytes are; None: in the file at ``path``.
     """
 
     path: Path
     key: str
+    origin: Origin | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it: a path, or a URL."""
+        return os.fspath(self.path) if self.origin is None else str(self.origin)
+
+    @property
+    def address(self) -> str:
+        """What tells it from all others, from wherever it is named."""
+        return self.name if is_url(self.name) else os.fspath(_absolute(Path(self.name)))
 
 
 def find_sources(
-    arguments: Iterable[str | Path], *, skip: Callable[[Path], bool] = lambda path: False
+    arguments: Iterable[str | Path | StoredObject],
+    *,
+    skip: Callable[[Path], bool] = lambda path: False,
 ) -> tuple[list[Source], list[str]]:
-    """Turn files, folders and globs into images, in order, each path once.
+    """Turn files, folders, globs, URLs and archives into images, in order, each once.
 
     Two names of one file, by links, are two images.
 
     Args:
-        arguments: As typed; a ``Path`` is never a glob. What does not exist is taken for a file
-            and fails when it is read, as a folder does that cannot be looked into.
+        arguments: As typed; a ``Path`` is never a glob, and a ``StoredObject`` no folder either.
+            What does not exist is taken for a file and fails when it is read, as a folder does
+            that cannot be looked into.
         skip: Tells of an image found in a folder or by a glob that it is not to be taken.
 
     Returns:
         The sources, and the arguments that led to no image.
 
     Raises:
-        SourceError: Two files would write the same outputs.
+        SourceError: Two files would write the same outputs, or a store cannot be looked into.
     """
-    by_path: dict[Path, Source] = {}
+    by_address: dict[str, Source] = {}
     by_key: dict[str, Source] = {}
     fruitless = []
     for argument in arguments:
         found = False
-        for path, root in _expand(argument, skip):
+        for source in _sources(argument, skip):
             found = True
-            if (absolute := _absolute(path)) in by_path:
+            if (address := source.address) in by_address:
                 continue
-            source = Source(path=path, key=_key(path, root))
             if other := by_key.get(source.key):
                 raise SourceError(
-                    f"{other.path} and {path} would both be written as {source.key}; "
+                    f"{other.name} and {source.name} would both be written as {source.key}; "
                     "explain them in two calls with different --output folders"
                 )
-            by_path[absolute] = by_key[source.key] = source
+            by_address[address] = by_key[source.key] = source
         if not found:
             fruitless.append(str(argument))
-    return list(by_path.values()), fruitless
+    return list(by_address.values()), fruitless
+
+
+def _sources(argument: str | Path | StoredObject, skip: Callable[[Path], bool]) -> Iterator[Source]:
+    """Yield the images of one argument."""
+    if isinstance(argument, str) and is_url(argument):
+        stored = [StoredObject(url) for url in list_objects(argument, SUFFIXES)]
+    elif isinstance(argument, StoredObject):
+        stored = [argument]
+    else:
+        for path, root in _expand(argument, skip):
+            if _is_archive(path) and path.is_file():
+                key = _key(path, root)
+                yield from _origins(members(StoredObject(os.fspath(path)), key, SUFFIXES))
+            else:
+                yield Source(path=path, key=_key(path, root))
+        return
+    for each in stored:
+        if each.suffix in ARCHIVES:
+            yield from _origins(members(each, each.key, SUFFIXES))
+        else:
+            yield from _origins([(each, each.key)])
+
+
+def _origins(found: Iterable[tuple[Origin, str]]) -> Iterator[Source]:
+    for origin, key in found:
+        yield Source(path=Path(key), key=key, origin=origin)
 
 
 def _expand(argument: str | Path, skip: Callable[[Path], bool]) -> Iterator[tuple[Path, Path]]:
@@ -91,7 +133,7 @@ def _expand(argument: str | Path, skip: Callable[[Path], bool]) -> Iterator[tupl
             if os.path.isdir(match) and not closed:  # noqa: PTH112
                 inside = () if walked else _inside(match, skip)
                 yield from ((each, _absolute(fixed)) for each in inside)
-            elif closed or (_is_image(match) and not skip(match)):
+            elif closed or _is_archive(match) or (_is_image(match) and not skip(match)):
                 yield match, _absolute(fixed)
     else:
         yield path, _absolute(path).parent
@@ -212,6 +254,10 @@ def _is_lost(entry: os.DirEntry[str]) -> bool:
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() in ARCHIVES
 
 
 def identity(path: Path) -> str:

@@ -32,7 +32,7 @@ class Support:
     Attributes:
         rollout: Whether attention rollout is defined for it, and raw attention.
         grad_rollout: Whether gradient attention rollout is, and all that explains a class.
-        stages: Number of stages, of a model that evidence alone explains; 0 for others.
+        stages: Number of stages, of a model that evidence alone explains; None for others.
         reason: Why not, where one is not.
         readout: Which tokens the relevance is read for.
         prefix: Its prefix tokens in words.
@@ -45,7 +45,7 @@ class Support:
     readout: str | None = None
     prefix: str | None = None
     grid: tuple[int, int] | None = None
-    stages: int = 0
+    stages: int | None = None
 
     @property
     def any(self) -> bool:
@@ -87,7 +87,7 @@ def support_of(module: nn.Module, input_size: tuple[int, int]) -> Support:
             grad_rollout=False,
             reason=layout.reason,
             grid=layout.grid if has_logits else None,
-            stages=layout.blocks if has_logits else 0,
+            stages=layout.blocks if has_logits else None,
         )
     return Support(
         rollout=True,
@@ -163,7 +163,7 @@ def _remember(cache: Path, learned: dict[str, Support]) -> None:
 
 def _written(answers: Mapping[str, Support]) -> str:
     fields = {
-        name: {key: value for key, value in asdict(support).items() if value not in (None, 0)}
+        name: {key: value for key, value in asdict(support).items() if value is not None}
         for name, support in answers.items()
     }
     return written_answers(fields, timm.__version__)

@@ -96,7 +96,7 @@ def compared(model: Model, source: Source, method: Similarity, job: Job) -> Job:
     """
     (item,) = _explained(model, [source], features_at(method), job)
     if isinstance(item, Failed):
-        raise ImageError(f"{item.source.path}: {item.error}")
+        raise ImageError(f"{item.source.name}: {item.error}")
     return replace(job, method=reference_at(method, item.maps[0]))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from vitviz.explaining.samples import (
     images_at_once,
     input_transform,
 )
-from vitviz.images.decoding import read_file
+from vitviz.images.decoding import ImageFile, read_file
 from vitviz.images.fitting import InputTransform
 from vitviz.images.remarks import Remark, Tally
 from vitviz.images.samples import ImageSample, load_sample
@@ -35,6 +35,8 @@ from vitviz.runs.writing import sweep
 from vitviz.streaming import map_ahead, stop_with, worker_threads
 
 __all__ = ["Item", "count_caveats", "run"]
+
+_READERS = 16  # threads that wait for stores, far more than there are cores
 
 _Other = TypeVar("_Other")
 Item = Explained | Failed | Result
@@ -77,8 +79,12 @@ def run(
     batch_size = job.batch_size or images_at_once(model)
     rows = RowWriter(writer, sources) if job.records else None
     depth = 2 * batch_size  # how far each stage may be ahead: enough for the model to have a batch
-    with closing(rows) if rows else nullcontext(), worker_threads(job.workers) as pool:
-        prepared = map_ahead(pool, partial(_prepare, writer, rows, transform), sources, depth)
+    with ExitStack() as room:
+        if rows:
+            room.enter_context(closing(rows))
+        pool = room.enter_context(worker_threads(job.workers))
+        files = _files(room, partial(_read, writer, rows), sources, depth)
+        prepared = map_ahead(pool, partial(_load, job, transform), files, depth)
         explained = explain_samples(
             model, prepared, job.method, pictures=job.pictures, batch_size=batch_size, warn=warn
         )
@@ -94,27 +100,58 @@ def count_caveats(
     tally = Tally()
     for item in items:
         if isinstance(item, Explained):
-            path = item.sample.source.path
-            tally.add(item.sample.remarks, "image", path)
+            name = item.sample.source.name
+            tally.add(item.sample.remarks, "image", name)
             for explanation in item.maps:
                 found = (Remark(*caveat.value) for caveat in explanation.caveats())
-                tally.add(found, "map", path)
+                tally.add(found, "map", name)
         yield item
     tally.tell(warn)
 
 
-def _prepare(
-    writer: Writer, rows: RowWriter | None, transform: InputTransform, source: Source
-) -> ImageSample | Result:
-    """Load an image, or find that it needs no work."""
-    pictures = writer.job.pictures
+def _files(
+    room: ExitStack,
+    read: Callable[[Source], ImageFile | Result],
+    sources: Sequence[Source],
+    depth: int,
+) -> Iterable[Callable[[], ImageFile | Result]]:
+    """Return, for each image, what gives its file: now where it is local, else as it comes in.
+
+    Stores answer late: many threads wait for them, which is no work for as many cores.
+    """
+    if not any(source.origin for source in sources):
+        return (partial(read, source) for source in sources)
+    readers = room.enter_context(worker_threads(_READERS))
+    fetched = map_ahead(readers, read, sources, depth)
+    return (partial(_same, item) for item in fetched)
+
+
+def _read(writer: Writer, rows: RowWriter | None, source: Source) -> ImageFile | Result:
+    """Read an image, or find that it needs no work."""
     try:
         file = read_file(source)
         if writer.job.skip_existing and (result := (rows or writer).skipped(file)):
             return result
-        return load_sample(file, transform, pictures.max_size if pictures.kinds else 1)
     except (ImageError, MemoryError) as error:
         return failure(source, error)
+    return file
+
+
+def _same(item: ImageFile | Result) -> ImageFile | Result:
+    return item
+
+
+def _load(
+    job: Job, transform: InputTransform, file: Callable[[], ImageFile | Result]
+) -> ImageSample | Result:
+    """Decode an image that needs work."""
+    item = file()
+    if isinstance(item, Result):
+        return item
+    try:
+        return load_sample(item, transform, job.pictures.max_size if job.pictures.kinds else 1)
+    except (ImageError, MemoryError) as error:
+        return failure(item.source, error)
 
 
 def _write(writer: Writer, rows: RowWriter | None, item: Item) -> Result:

@@ -19,6 +19,7 @@ from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
 from vitviz.images.decoding import ImageFile
 from vitviz.images.samples import ImageSample
 from vitviz.images.sources import Source
+from vitviz.images.stores import is_url
 from vitviz.methods.method import ClassMethod, Method
 from vitviz.models.record import ModelRecord
 from vitviz.options import OutputKind, ValueRange
@@ -95,7 +96,8 @@ class Writer:
 
     def refuse_overwriting(self, sources: Sequence[Source]) -> None:
         """Make sure that no output is a source, by whatever name, nor that of another source."""
-        taken = {_file_at(source.path) for source in sources} - {None}
+        files = (source.path for source in sources if source.origin is None)
+        taken = {_file_at(path) for path in files} - {None}
         folder_of = cache(os.path.realpath)
         makers: dict[tuple[str, str], Source] = {}
         for source in sources:
@@ -103,12 +105,12 @@ class Writer:
                 other = makers.setdefault((folder_of(path.parent), path.name), source)
                 if other is not source:
                     raise SourceError(
-                        f"the maps of {other.path} and {source.path} would be one file, since "
+                        f"the maps of {other.name} and {source.name} would be one file, since "
                         "links lead to one folder; choose another --output folder"
                     )
                 if _file_at(path) in taken:
                     raise SourceError(
-                        f"the map of {source.path} would overwrite the source {path}; "
+                        f"the map of {source.name} would overwrite the source {path}; "
                         "choose another --output folder"
                     )
 
@@ -176,10 +178,11 @@ class Writer:
     def _provenance(
         self, sample: ImageSample, request: str | None, kind: OutputKind, explanation: Explanation
     ) -> Provenance:
-        absolute = os.fsencode(sample.source.path.absolute())
+        name = sample.source.name
+        absolute = os.fsencode(name if is_url(name) else Path(name).absolute())
         return Provenance(
             recipe=self._recipe(sample.digest, request, kind),
-            source=os.fspath(sample.source.path),
+            source=sample.source.name,
             source_id=hashlib.sha256(absolute).hexdigest()[:16],
             class_index=explanation.class_index,
             class_label=explanation.class_label,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -114,7 +113,7 @@ class RowWriter:
         return row
 
     def _of_source(self, source: Source) -> _Row:
-        path = _spelled(os.fspath(source.path))
+        path = _spelled(source.name)
         return {"source": path, "key": _spelled(source.key), **self._common}
 
 
