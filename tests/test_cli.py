@@ -114,7 +114,7 @@ def test_record_has_exactly_the_contracts_keys(shell: Shell, tiny: list[str], ke
     assert record["error"] is None
     (output,) = record["outputs"]
     assert set(output.pop("sanity")) == {
-        *("prefix_attention", "outlier_tokens", "contrast", "leverage")
+        *("prefix_attention", "outlier_tokens", "contrast", "leverage", "outlier_share")
     }
     assert output == {
         "kind": "overlay",

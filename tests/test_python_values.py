@@ -65,7 +65,7 @@ def test_outlier_tokens_are_told_of_once_a_process(monkeypatch: pytest.MonkeyPat
     def with_outliers(*arguments: Any, **options: Any) -> Any:
         for item in explained(*arguments, **options):
             maps = [
-                replace(each, diagnostics=replace(each.diagnostics, outlier_tokens=1))
+                replace(each, diagnostics=replace(each.diagnostics, outlier_share=0.2))
                 for each in item.maps
             ]
             yield replace(item, maps=tuple(maps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vitviz.methods.diagnostics import gradient_norm_product, outlier_tokens, pr
 from vitviz.methods.rollout import Rollout
 from vitviz.methods.table import METHODS
 from vitviz.models.model import load_model
+from vitviz.pictures.heat import share_on
 from vitviz.runs.job import Job
 from vitviz.runs.pipeline import run
 
@@ -46,13 +48,27 @@ def test_prefix_attention_equals_reference(case: TinyCase) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-6 if exact else 0.05)
 
 
-def test_outliers_are_counted_for_each_image_and_among_patches_alone() -> None:
+def test_outliers_are_found_in_each_image_and_among_patches_alone() -> None:
     tokens = torch.ones(2, 12, 4)
     tokens[:, 0] *= 100  # a class token
     tokens[1, 3] *= 5.1
     tokens[1, 7] *= 4.9
-    assert outlier_tokens(tokens, 1).tolist() == [0, 1]
-    assert outlier_tokens(tokens, 0).tolist() == [1, 2]
+    assert outlier_tokens(tokens, 1).nonzero().tolist() == [[1, 2]]
+    assert outlier_tokens(tokens, 0).nonzero().tolist() == [[0, 0], [1, 0], [1, 3]]
+
+
+def test_share_of_heat_is_by_magnitude_and_over_all_cells_of_a_patch() -> None:
+    places = np.array([[False, True]])
+    assert share_on(np.array([[3.0, -1.0]]), places) == 0.25
+    assert share_on(np.array([[1.0, 1, 1, 0], [1, 1, 1, 0]]), places) == pytest.approx(1 / 3)
+    assert share_on(np.ones((2, 3, 1, 2)), places) == 0.5
+    assert share_on(np.zeros((1, 2)), places) == 0
+
+
+def test_outliers_are_told_of_where_they_have_much_of_the_heat() -> None:
+    few = Diagnostics(**{**SOUND, "outlier_tokens": 4, "outlier_share": 0.1})
+    assert not few.caveats()
+    assert replace(few, outlier_share=0.11).caveats() == [Caveat.OUTLIERS]
 
 
 def test_leverage_bounds_what_wiping_out_a_token_changes() -> None:
@@ -65,7 +81,7 @@ def test_leverage_bounds_what_wiping_out_a_token_changes() -> None:
     ("changed", "caveat"),
     [
         ({"prefix_attention": 0.51}, Caveat.PREFIX),
-        ({"outlier_tokens": 1}, Caveat.OUTLIERS),
+        ({"outlier_tokens": 1, "outlier_share": 0.2}, Caveat.OUTLIERS),
         ({"contrast": 0.04}, Caveat.EVEN),
         ({"contrast": 1e-6}, Caveat.FLAT_FOR_CLASS),
         ({"contrast": 0.0, "gradient_norm_product": None}, Caveat.FLAT),
@@ -102,7 +118,7 @@ def test_tokens_of_large_norm_are_told_once(tmp_path: Path) -> None:
     module = tiny_module()
 
     def blow_up(block: object, inputs: object, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tokens[:, :-1], 1000 * tokens[:, -1:]], dim=1)
+        return torch.cat([tokens[:, :-16], 1000 * tokens[:, -16:]], dim=1)
 
     model = load_model(module, device="cpu")
     module.blocks[-1].register_forward_hook(blow_up)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from vitviz.methods.attention import RawAttention
 from vitviz.methods.evidence import Evidence
 from vitviz.methods.method import Method
 from vitviz.methods.relevance import Relevance
-from vitviz.options import Colormap, Fit, OutputKind, PictureOptions, Scale, Unit
+from vitviz.options import Colormap, Fit, Outliers, OutputKind, PictureOptions, Scale, Unit
 from vitviz.pictures.colors import color_heat
 from vitviz.pictures.heat import in_unit, limits
 from vitviz.pictures.tables import GAP, Cell, ColorBar, picture_table
@@ -161,6 +162,73 @@ def test_bar_goes_from_the_first_colour_to_the_last() -> None:
     assert words[:, :50].any()
     assert words[:, 75:125].any()
     assert words[:, 150:].any()
+
+
+# Outliers
+
+CORNER = np.array([[True, False], [False, False]])
+HOT_CORNER = np.array([[8, 1], [0, 2]], np.float32)
+
+
+def framed(made: Explanation) -> list[tuple[int, int]]:
+    """Return which quarters of a picture of 64 × 64 have a frame, white around dark."""
+    shown = made.draw(OutputKind.HEATMAP)
+    return [
+        (row, col)
+        for row in (0, 1)
+        for col in (0, 1)
+        for quarter in [shown[32 * row : 32 * row + 32, 32 * col : 32 * col + 32]]
+        if (quarter[0] == 255).all()
+        and (quarter[:, -1] == 255).all()
+        and (quarter[1, 1] == 30).all()
+    ]
+
+
+def with_outlier(choice: str, relevance: NDArray[np.float32] = HOT_CORNER) -> Explanation:
+    made = explained(Evidence(), relevance, outliers=Outliers(choice))
+    return replace(made, outliers=CORNER)
+
+
+def test_muted_outliers_are_no_part_of_the_range_and_framed_beyond_it() -> None:
+    made = with_outlier("mute")
+    assert made.color_bar().high == "2"
+    assert framed(made) == [(0, 0)]
+    assert made.heatmap().getpixel((48, 48)) == made.heatmap().getpixel((16, 16))  # hottest both
+
+
+def test_muted_outlier_within_the_range_is_left_alone() -> None:
+    relevance = np.array([[1, 1], [0, 2]], np.float32)
+    made = with_outlier("mute", relevance)
+    assert framed(made) == []
+    assert np.array_equal(made.heatmap(), with_outlier("show", relevance).heatmap())
+
+
+def test_marked_outliers_are_framed_and_part_of_the_range() -> None:
+    made = with_outlier("mark")
+    assert made.color_bar().high == "8"
+    assert framed(made) == [(0, 0)]
+
+
+def test_shown_outliers_are_like_all_others() -> None:
+    made = with_outlier("show")
+    assert made.color_bar().high == "8"
+    assert framed(made) == []
+
+
+def test_finer_map_is_muted_and_framed_by_patches() -> None:
+    made = with_outlier("mute", np.kron(HOT_CORNER, np.array([[1, 0.5], [0.5, 1]])))
+    assert made.color_bar().high == "2"
+    assert framed(made) == [(0, 0)]
+
+
+def test_map_of_nothing_but_outliers_is_drawn_all_the_same() -> None:
+    made = replace(with_outlier("mute"), outliers=np.ones((2, 2), dtype=bool))
+    assert made.color_bar().high == "8"
+
+
+def test_outliers_of_a_picture_are_in_its_recipe() -> None:
+    options = PictureOptions(outliers=Outliers.MARK).to_record(OutputKind.GRAY, Colormap.HOT)
+    assert options["outliers"] == "mark"
 
 
 # Tables

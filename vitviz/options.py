@@ -17,6 +17,7 @@ __all__ = [
     "Fit",
     "Foreground",
     "HeadFusion",
+    "Outliers",
     "OutputKind",
     "PictureFormat",
     "PictureOptions",
@@ -166,6 +167,14 @@ class Colormap(Word):
     BONE = "bone"
 
 
+class Outliers(Word):
+    """What pictures do with patch tokens of outlying norm, whose heat is of no place."""
+
+    MARK = "mark"
+    MUTE = "mute"
+    SHOW = "show"
+
+
 class Unit(Word):
     """What the numbers of a colour bar count."""
 
@@ -231,6 +240,9 @@ class PictureOptions:
         scale: What is drawn coldest and hottest, "0:10", (0, 10) or a ``Scale``; None or "image":
             the least and the most of each map.
         format: How pictures are stored.
+        outliers: Whether patches whose tokens are outliers get a frame, are left out of what
+            decides on the colours (and get a frame where they are beyond), or are shown like all
+            others.
     """
 
     kinds: tuple[OutputKind, ...] = (OutputKind.OVERLAY,)
@@ -239,6 +251,7 @@ class PictureOptions:
     max_size: int = 1024
     scale: Scale | str | tuple[float, float] | None = None
     format: PictureFormat = PictureFormat.PNG
+    outliers: Outliers = Outliers.MUTE
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -272,6 +285,7 @@ class PictureOptions:
         options: dict[str, str | float] = {
             "max_size": self.max_size,
             "scale": str(self.scale or "image"),
+            "outliers": self.outliers.value,
         }
         if kind is not OutputKind.GRAY:
             options["colormap"] = self.table(default).value

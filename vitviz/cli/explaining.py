@@ -93,7 +93,7 @@ def _pictures(run: WritingRun) -> PictureOptions:
     )
     if not isinstance(run, RunOptions):
         return pictures
-    return replace(pictures, colormap=run.colormap, scale=run.scale)
+    return replace(pictures, colormap=run.colormap, scale=run.scale, outliers=run.outliers)
 
 
 def _job(run: WritingRun, method: Method) -> Job:

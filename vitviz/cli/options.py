@@ -20,7 +20,7 @@ from vitviz.cli.parameters import (
 )
 from vitviz.methods.table import variants
 from vitviz.models.names import DEFAULT
-from vitviz.options import Colormap, Convention, Fit, PictureFormat, Precision, Saved
+from vitviz.options import Colormap, Convention, Fit, Outliers, PictureFormat, Precision, Saved
 
 __all__ = [
     "MODEL_HELP",
@@ -260,6 +260,15 @@ class RunOptions(WritingRun):
             "same numbers for all, in the unit that colour bars name, as 0:10.",
         ),
     ] = "image"
+    outliers: Annotated[
+        Outliers,
+        declare(
+            PICTURES,
+            metavar="mark|mute|show",
+            help="Frame patches whose tokens are of outlying norm, leave them out of the range of "
+            "the colours (a frame where they are beyond), or draw them like all others.",
+        ),
+    ] = Outliers.MUTE
 
 
 @dataclass(frozen=True, kw_only=True)

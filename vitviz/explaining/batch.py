@@ -16,7 +16,6 @@ from vitviz.errors import (
     LabelError,
     OptionError,
     UnsupportedModelError,
-    evidence_instead,
 )
 from vitviz.explaining.parallel import map_parts
 from vitviz.explaining.targets import require_target, scores_of, targets_of, without_equals
@@ -56,7 +55,8 @@ class BatchMaps:
             for a class-agnostic method.
         requests: What each map was asked for; empty for a class-agnostic method.
         prefix_attention: (batch), share of attention that goes to prefix tokens.
-        outlier_tokens: (batch), number of patch tokens of large norm.
+        outlier_tokens: (batch, rows, cols), which patch tokens are of large norm, where the image
+            is not shifted.
         gradient_norm_product: (batch, maps), what the gradients could move at most; None for a
             class-agnostic method.
     """
@@ -97,7 +97,7 @@ def class_requests(
             is no logit to take gradients of, or the method is not defined for the model.
         LabelError: A class request fits no class of the model.
     """
-    _require_attention(model, method)
+    method.require_layout(model)
     if method.first_block >= model.layout.blocks:
         raise OptionError(
             f"--start-layer is {method.first_block}, but {model.name} has {model.layout.blocks} "
@@ -118,19 +118,6 @@ def class_requests(
     if not requests:
         raise LabelError("no class asked for; give an index, a label or top1")
     return requests
-
-
-def _require_attention(model: Model, method: Method) -> None:
-    """Make sure that a model has the attention maps that a method needs."""
-    if not isinstance(model.layout, StageLayout):
-        return
-    if method.needs_attention:
-        raise UnsupportedModelError(evidence_instead(model.layout.reason))
-    if method.refine > 1:
-        raise OptionError(
-            f"--refine is {method.refine}, but {model.name} is no plain ViT, whose patches are the "
-            "places of maps; leave it out"
-        )
 
 
 def _own_request(
@@ -312,7 +299,7 @@ def _explain_part(
             found = _of_scores(method, forward, scores)
         else:
             found = [method.compute(forward, None)]
-        prefix = _prefix_attention(forward, len(images))
+        prefix, outliers = _diagnosed(method, forward, len(images))
     products = [each.gradient_norm_product for each in found]
     relevance = torch.stack([_on_grid(forward, each.relevance) for each in found], dim=1)
     return BatchMaps(
@@ -322,7 +309,7 @@ def _explain_part(
         scores=None if scores is None else scores.detach().float(),
         requests=requests,
         prefix_attention=prefix,
-        outlier_tokens=outlier_tokens(method.tokens(forward), model.layout.prefix_tokens),
+        outlier_tokens=outliers.view(-1, *forward.grid),
         gradient_norm_product=(
             torch.stack([each for each in products if each is not None], dim=1)
             if explains_class and None not in products
@@ -355,12 +342,17 @@ def _run(
     return output, forward
 
 
-def _prefix_attention(forward: ForwardPass, images: int) -> Tensor:
-    """Compute the share of attention (images) that goes to prefix tokens."""
-    if isinstance(forward.layout, StageLayout):
-        return torch.zeros(images)
-    readout = forward.layout.readout_weights(forward.records[0].shape[-1])
-    return prefix_attention(forward.blocks, readout, forward.layout.prefix_tokens)
+def _diagnosed(method: Method, forward: ForwardPass, images: int) -> tuple[Tensor, Tensor]:
+    """Find the share of attention (images) that goes to prefix tokens, and outlier tokens.
+
+    Of stages neither is known: their places are no tokens of one sequence.
+    """
+    layout = forward.layout
+    if isinstance(layout, StageLayout):
+        return torch.zeros(images), torch.zeros(images, *forward.grid, dtype=torch.bool)
+    readout = layout.readout_weights(forward.records[0].shape[-1])
+    prefix = prefix_attention(forward.blocks, readout, layout.prefix_tokens)
+    return prefix, outlier_tokens(method.tokens(forward), layout.prefix_tokens)
 
 
 def _of_scores(method: Method, forward: ForwardPass, scores: Tensor) -> list[TokenMap]:

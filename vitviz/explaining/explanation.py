@@ -17,18 +17,19 @@ from PIL import Image
 from vitviz.errors import printable
 from vitviz.images.samples import ImageSample
 from vitviz.methods.method import Method
-from vitviz.options import OutputKind, PictureOptions
+from vitviz.options import Outliers, OutputKind, PictureOptions
 from vitviz.pictures.colors import color_heat
 from vitviz.pictures.components import ColorSpace, patches_of
-from vitviz.pictures.heat import FLAT, in_unit, limits, place_heat
+from vitviz.pictures.heat import FLAT, coarser, finer, in_unit, limits, place_heat
 from vitviz.pictures.painting import paint
-from vitviz.pictures.sheets import contact_sheet, overlay, shrink_to_cell
+from vitviz.pictures.sheets import contact_sheet, mark, overlay, shrink_to_cell
 from vitviz.pictures.tables import Cell, ColorBar, picture_table
 
 __all__ = ["Caveat", "Explanation", "Prediction", "Diagnostics"]
 
 
 _CROWDED = 0.5  # share of attention
+_MISPLACED = 0.1  # share of the heat
 _EVEN = 0.05  # of its largest magnitude
 _POWERLESS = 1e-3  # of a logit
 _IMPROBABLE = 0.05  # a score
@@ -68,6 +69,7 @@ class Diagnostics:
     Attributes:
         prefix_attention: Share of the attention that goes to prefix tokens, which no map shows.
         outlier_tokens: Patch tokens of more than five times the median norm behind the blocks.
+        outlier_share: Share of the map's heat that is on these.
         contrast: Range of the map as a share of its largest magnitude.
         gradient_norm_product: ‖x‖·‖∂y/∂x‖ at the last block, in units of the logit y, which is the
             most that the map's tokens could move it; None without a class.
@@ -77,6 +79,7 @@ class Diagnostics:
     outlier_tokens: int
     contrast: float
     gradient_norm_product: float | None
+    outlier_share: float = 0.0
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Diagnostics:
@@ -98,7 +101,7 @@ class Diagnostics:
             (is_flat, Caveat.FLAT_FOR_CLASS if about_class else Caveat.FLAT),
             (not is_flat and self.contrast < _EVEN, Caveat.EVEN),
             (self.prefix_attention > _CROWDED, Caveat.PREFIX),
-            (self.outlier_tokens > 0, Caveat.OUTLIERS),
+            (self.outlier_share > _MISPLACED, Caveat.OUTLIERS),
         ]
         if not is_flat and self.gradient_norm_product is not None:
             found.append((self.gradient_norm_product < _POWERLESS, Caveat.POWERLESS))
@@ -127,6 +130,7 @@ class Explanation:
         predictions: The image's five best classes; empty for a model without a head.
         pictures: How to draw it.
         diagnostics: Numbers that tell when it may mislead.
+        outliers: (rows, cols) of the patches, which of their tokens are of outlying norm.
         colors: Of features, the colours that all images of a run share; None: fitted on its own.
     """
 
@@ -144,6 +148,7 @@ class Explanation:
     versus_score: float | None = None
     predictions: tuple[Prediction, ...] = ()
     pictures: PictureOptions = PictureOptions()
+    outliers: NDArray[np.bool_] | None = None
     colors: ColorSpace | None = None
 
     @property
@@ -176,7 +181,8 @@ class Explanation:
         if kind is OutputKind.PANEL:
             return picture_table([self._cells()], title=self.caption, subtitle=self.origin)
         if len(self.method.axes) == 2:
-            return self._draw_map(self.relevance, self.sample.picture, kind)
+            drawn = self._draw_map(self.relevance, self.sample.picture, kind)
+            return mark(drawn, self._framed(), self.sample.region)
         if self.method.axes[0] == "channels":
             return self._draw_features(kind)
         return self._draw_heads(kind, f"{self.caption} · {self.origin}")
@@ -231,7 +237,7 @@ class Explanation:
             self.sample.region,
             picture.shape[:2],
             signed=self.method.is_signed,
-            extent=self._extent,
+            extent=self._extent or self._limits(relevance),
         )
 
     @property
@@ -239,13 +245,31 @@ class Explanation:
         """What is drawn coldest and hottest; None where each map decides."""
         return self.pictures.extent or self.method.extent
 
+    def _framed(self) -> NDArray[np.bool_]:
+        """Return which patches (rows, cols) are framed: outliers, muted ones beyond the colours."""
+        ends = self._limits(self.relevance)
+        if self.outliers is None or self.pictures.outliers is Outliers.SHOW or ends is None:
+            return np.zeros((1, 1), dtype=np.bool_)
+        if self.pictures.outliers is Outliers.MARK:
+            return self.outliers
+        values = in_unit(self.relevance, self.method.unit)
+        beyond = (values < ends[0]) | (values > ends[1])
+        return self.outliers & coarser(beyond, self.outliers.shape)
+
+    def _limits(self, relevance: NDArray[np.float32]) -> tuple[float, float] | None:
+        """Return what is drawn coldest and hottest; None for a map (rows, cols) without heat."""
+        values = in_unit(relevance, self.method.unit)
+        if self.outliers is not None and self.pictures.outliers is Outliers.MUTE:
+            others = values[~finer(self.outliers, values.shape)]
+            values = others if others.size else values
+        return limits(values, signed=self.method.is_signed, extent=self._extent)
+
     def color_bar(self) -> ColorBar:
         """Say what its colours mean, in the unit of the method."""
         table, unit = self.pictures.table(self.method.colormap), self.method.unit.value
         if len(self.method.axes) > 2 and self._extent is None:
             return ColorBar(colormap=table, low="least", high="most", unit="of each head")
-        values = in_unit(self.relevance, self.method.unit)
-        ends = limits(values, signed=self.method.is_signed, extent=self._extent)
+        ends = self._limits(self.relevance)
         if ends is None:
             return ColorBar(colormap=table, low="", high="", unit="no heat")
         low, high = _numbers(*ends)
@@ -283,7 +307,8 @@ class Explanation:
         found = self.diagnostics.caveats() if self.diagnostics else []
         if self.method.follows_attention:
             return found
-        return [each for each in found if each is Caveat.OUTLIERS]
+        has_outliers = self.diagnostics is not None and self.diagnostics.outlier_tokens > 0
+        return [Caveat.OUTLIERS] if has_outliers else []
 
     def __repr__(self) -> str:
         """Say what it is of, without its pixels."""

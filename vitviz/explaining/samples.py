@@ -25,7 +25,7 @@ from vitviz.methods.method import Method
 from vitviz.models.labels import ClassRequest
 from vitviz.models.model import Model
 from vitviz.options import Fit, PictureOptions, ValueRange
-from vitviz.pictures.heat import contrast
+from vitviz.pictures.heat import contrast, share_on
 from vitviz.streaming import AdaptiveBatches, in_batches
 
 __all__ = [
@@ -277,6 +277,7 @@ class Explainer:
                 predictions=predictions,
                 pictures=self._pictures,
                 diagnostics=_diagnostics(batch, row, position, values.numpy()),
+                outliers=batch.outlier_tokens[row].numpy(),
                 **_of_class(self._model, given, batch, row, position, scores),
             )
             for position, values in enumerate(batch.relevance[row])
@@ -307,7 +308,8 @@ def _diagnostics(
     products = batch.gradient_norm_product
     return Diagnostics(
         prefix_attention=float(batch.prefix_attention[row]),
-        outlier_tokens=int(batch.outlier_tokens[row]),
+        outlier_tokens=int(batch.outlier_tokens[row].sum()),
+        outlier_share=share_on(relevance, batch.outlier_tokens[row].numpy()),
         contrast=contrast(relevance),
         gradient_norm_product=None if products is None else float(products[row, position]),
     )

@@ -44,18 +44,19 @@ def prefix_attention(records: Sequence[Attention], readout: Tensor, prefix_token
 
 
 def outlier_tokens(tokens: Tensor, prefix_tokens: int) -> Tensor:
-    """Count patch tokens of more than five times the median norm.
+    """Find patch tokens of more than five times the median norm.
 
     Args:
         tokens: (batch, tokens, channels), behind the last block.
         prefix_tokens: Number of tokens before the patch tokens.
 
     Returns:
-        (batch).
+        (batch, patches) of bool.
     """
     norms = torch.linalg.vector_norm(at_least_float32(tokens.detach()[:, prefix_tokens:]), dim=-1)
     median = norms.median(dim=1, keepdim=True).values
-    return torch.count_nonzero(norms > _OUTLIER * median, dim=1)
+    found: Tensor = norms > _OUTLIER * median
+    return found
 
 
 def gradient_norm_product(values: Tensor, gradient: Tensor) -> Tensor:

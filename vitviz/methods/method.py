@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from vitviz.errors import OptionError
+from vitviz.errors import OptionError, UnsupportedModelError, evidence_instead
 from vitviz.options import AttentionRule, Colormap, Unit
 
 if TYPE_CHECKING:  # these rooms load torch
@@ -193,6 +193,25 @@ class Method(ABC):
             raise OptionError(
                 f"--save gray is of one map an image, but {self.name} gives "
                 f"{' × '.join(self.axes)}; use --save npy"
+            )
+
+    def require_layout(self, model: Model) -> None:
+        """Make sure that a model has the attention maps, and the patches, that are needed.
+
+        Raises:
+            UnsupportedModelError: Its attention maps cannot be chained.
+            OptionError: It has no patches to refine.
+        """
+        from vitviz.models.stages import StageLayout
+
+        if not isinstance(model.layout, StageLayout):
+            return
+        if self.needs_attention:
+            raise UnsupportedModelError(evidence_instead(model.layout.reason))
+        if self.refine > 1:
+            raise OptionError(
+                f"--refine is {self.refine}, but {model.name} is no plain ViT, whose patches are "
+                "the places of maps; leave it out"
             )
 
     def require_model(self, model: Model) -> None:  # noqa: B027 (most are defined for all)

@@ -11,7 +11,17 @@ from vitviz.images.fitting import Region
 from vitviz.options import Unit
 from vitviz.pictures.interpolation import interpolate
 
-__all__ = ["FLAT", "contrast", "in_unit", "limits", "normalize", "place_heat"]
+__all__ = [
+    "FLAT",
+    "coarser",
+    "contrast",
+    "finer",
+    "in_unit",
+    "limits",
+    "normalize",
+    "place_heat",
+    "share_on",
+]
 
 Heat = NDArray[np.float32]
 
@@ -24,6 +34,26 @@ def in_unit(relevance: NDArray[Any], unit: Unit) -> Heat:
     values = np.asarray(relevance, dtype=np.float32)
     total = float(values.sum(dtype=np.float64))
     return values * (values.size / total) if unit is Unit.AVERAGE and total else values
+
+
+def finer(places: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return which cells of a grid, as fine or finer, lie in places (rows, cols)."""
+    rows, cols = (fine // coarse for fine, coarse in zip(grid, places.shape, strict=True))
+    return places.repeat(rows, axis=0).repeat(cols, axis=1)
+
+
+def coarser(cells: NDArray[np.bool_], grid: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return which places of a grid, as coarse or coarser, have one of the cells (rows, cols)."""
+    rows, cols = grid
+    parts = cells.reshape(rows, cells.shape[0] // rows, cols, cells.shape[1] // cols)
+    return np.asarray(parts.any(axis=(1, 3)))
+
+
+def share_on(relevance: NDArray[Any], places: NDArray[np.bool_]) -> float:
+    """Return the share of heat (…, rows, cols) that is on some places; 0 where there is none."""
+    sizes = np.abs(relevance, dtype=np.float64)
+    total = sizes.sum()
+    return float(sizes[..., finer(places, sizes.shape[-2:])].sum() / total) if total else 0.0
 
 
 def limits(

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from vitviz.images.fitting import Region
 from vitviz.options import Colormap
 from vitviz.pictures.colors import color_heat, in_grey
 from vitviz.pictures.lettering import FAINT, INK, write
 from vitviz.pictures.tables import ColorBar
 
-__all__ = ["contact_sheet", "overlay", "shrink_to_cell"]
+__all__ = ["contact_sheet", "mark", "overlay", "shrink_to_cell"]
 
 
 Pixels = NDArray[np.uint8]
@@ -24,6 +25,7 @@ _LETTERS = 11  # pixels, the size of its letters
 _LINE, _MARGIN = 22, 36  # pixels for its title, the numbers of its heads, and those of its blocks
 _FOOT = ColorBar.height(_LETTERS)
 _LEAST_CELL = 8  # pixels, however many there are
+_FRAME = ((255, 255, 255), (30, 30, 30))  # white outside, dark inside: seen on any ground
 _UNSEEN = 0.4  # of the brightness is left to what the model did not see
 
 
@@ -49,6 +51,23 @@ def overlay(
     weight[unseen] = 1 - _UNSEEN
     colors = color_heat(heat, colormap)  # black where nothing was seen
     return np.asarray(cv2.blendLinear(colors, grey, weight, 1 - weight), dtype=np.uint8)
+
+
+def mark(picture: Pixels, places: NDArray[np.bool_], region: Region) -> Pixels:
+    """Draw a frame around places (rows, cols) of a region of a picture."""
+    marked = picture.copy()
+    seen = marked[region.pixels(picture.shape[:2])]
+    edges = [
+        np.linspace(0, side, count + 1).round().astype(int)
+        for side, count in zip(seen.shape[:2], places.shape, strict=True)
+    ]
+    for row, col in np.argwhere(places):
+        cell = seen[edges[0][row] : edges[0][row + 1], edges[1][col] : edges[1][col + 1]]
+        for inset, ink in enumerate(_FRAME):
+            inner = cell[inset : len(cell) - inset, inset : cell.shape[1] - inset]
+            inner[[0, -1]] = ink
+            inner[:, [0, -1]] = ink
+    return marked
 
 
 def shrink_to_cell(picture: Pixels, blocks: int, heads: int, longest: int) -> Pixels:
