@@ -93,6 +93,7 @@ VALUE = Rules()
 SHARED = Rules(shares=(0.25, 0.25, 0.5))
 BALANCED = replace(VALUE, residual=balanced)
 BALANCED_SHARED = replace(SHARED, residual=balanced)
+ORDINARY = Rules(shares=(1, 1, 1), deviation=_variable, gate=_variable)
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -107,8 +108,15 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "SiLU": _sigmoid,
     "ReLU": lambda x: (x > 0).to(x.dtype),
 }
+# What transformers calls the same.
+_GATES |= {
+    **dict.fromkeys(("GELUActivation",), _GATES["GELU"]),
+    **dict.fromkeys(("NewGELUActivation", "PytorchGELUTanh"), _GATES["GELUTanh"]),
+    **dict.fromkeys(("QuickGELUActivation",), _GATES["QuickGELU"]),
+    **dict.fromkeys(("SiLUActivation",), _GATES["SiLU"]),
+}
 _FORBIDDEN = (
-    (F, ("layer_norm", "rms_norm", "gelu", "silu", "relu", "scaled_dot_product_attention")),
+    (F, ("layer_norm", "rms_norm", "gelu", "relu", "scaled_dot_product_attention")),
     (torch, ("sigmoid", "relu", "tanh")),
     (Tensor, ("sigmoid", "relu", "tanh")),
 )
@@ -193,40 +201,52 @@ class ImageTrace:
 
 
 def linear_trace(model: nn.Module, images: Tensor, rules: Rules = VALUE) -> LinearTrace:
-    """Run a float64 copy of a timm model, linearised by hand.
+    """Run a float64 copy of a model of timm or transformers, linearised by hand.
 
     Args:
-        model: A timm model; it is copied, never touched.
+        model: The model; it is copied, never touched. Attention of transformers' is eager.
         images: (batch, channels, height, width).
         rules: What counts as a constant.
     """
     shared = {id(weight): weight for weight in model.parameters() if weight.dtype == torch.float64}
     double = copy.deepcopy(model, shared).double().eval()
-    trunk = getattr(double, "encoder", double)
-    layers = [_output_layer(block) for block in trunk.blocks]
+    blocks, embedding = _blocks_and_embedding(double)
+    layers = [_output_layer(block) for block in blocks]
     trace = LinearTrace(
         projections=[weight for weight, _ in layers], biases=[bias for _, bias in layers]
     )
-    watch = _Watch(trace, rules, balanced_blocks=rules.depth(len(trunk.blocks)))
-    embedding = getattr(trunk, "patch_embed", None) or trunk.embeds
+    watch = _Watch(trace, rules, balanced_blocks=rules.depth(len(blocks)))
     before = set(embedding.modules())  # no gradient has to go there
     for module in double.modules():
         if module not in before:
             _write_out(module, rules, watch)
-    trunk.blocks[0].register_forward_pre_hook(watch.enter_first)
-    for block in trunk.blocks[1:]:
+    blocks[0].register_forward_pre_hook(watch.enter_first)
+    for block in blocks[1:]:
         block.register_forward_pre_hook(watch.enter)
-    trunk.blocks[-1].register_forward_hook(watch.leave)
+    blocks[-1].register_forward_hook(watch.leave)
     with watch.products(), torch.enable_grad():
-        trace.scores = double(images.double())
+        output = double(images.double())
+    trace.scores = getattr(output, "logits", output)
     return trace
+
+
+def _blocks_and_embedding(model: nn.Module) -> tuple[Sequence[nn.Module], nn.Module]:
+    trunk = getattr(model, "encoder", model)
+    if hasattr(trunk, "blocks"):
+        return trunk.blocks, getattr(trunk, "patch_embed", None) or trunk.embeds
+    parts = [part for name, part in model.named_modules() if "text_model" not in name]
+    lists = (part for part in parts if isinstance(part, nn.ModuleList) and len(part) > 1)
+    named = (part for part in parts if type(part).__name__.endswith("Embeddings"))
+    return next(lists), next(named)
 
 
 def _output_layer(block: nn.Module) -> tuple[Array, Array]:
     """Read W_o and its bias, by their name."""
     owner = getattr(block, "attn", block)
-    names = ("proj", "o_proj", "attn_out_proj")
-    layer = next(getattr(owner, name) for name in names if hasattr(owner, name))
+    names = ("proj", "o_proj", "attn_out_proj", "attention.output.dense", "self_attn.out_proj")
+    names += ("attention.o_proj",)
+    parts = dict(owner.named_modules())
+    layer = next(parts[name] for name in names if name in parts)
     layer = getattr(layer, "linear", layer)
     weight: Array = layer.weight.detach().double().numpy()
     bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().numpy()
@@ -300,8 +320,8 @@ class _Watch:
     def enter(self, block: nn.Module, inputs: tuple) -> None:
         self._trace.tokens.append(inputs[0])
 
-    def leave(self, block: nn.Module, inputs: object, output: Tensor) -> None:
-        self._trace.tokens.append(output)
+    def leave(self, block: nn.Module, inputs: object, output: Tensor | tuple[Tensor]) -> None:
+        self._trace.tokens.append(output[0] if isinstance(output, tuple) else output)
 
     def mixed(self, dropout: nn.Module, inputs: object, output: Tensor) -> Tensor:
         assert self._rules.shares[:2] == (0, 0), "what mixed heads owe to queries is not defined"
@@ -313,7 +333,7 @@ class _Watch:
         """Watch Tensor.softmax, @ and +, and forbid what was not written out."""
         softmax, product, add = Tensor.softmax, Tensor.__matmul__, Tensor.__add__
 
-        def watched_softmax(scores: Tensor, dim: int) -> Tensor:
+        def watched_softmax(scores: Tensor, dim: int, dtype: object = None) -> Tensor:
             probabilities = softmax(scores, dim=dim)
             if not self._inside:
                 return probabilities
@@ -353,6 +373,8 @@ class _Watch:
             stack.enter_context(patch.object(Tensor, "softmax", watched_softmax))
             stack.enter_context(patch.object(Tensor, "__matmul__", watched_product))
             stack.enter_context(patch.object(Tensor, "__add__", watched_sum))
+            stack.enter_context(patch.object(torch, "matmul", watched_product))
+            stack.enter_context(patch.object(F, "silu", _activation(_GATES["SiLU"], self._rules)))
             for home, names in _FORBIDDEN:
                 for name in names:
                     call = forbidden(name, getattr(home, name))

@@ -15,16 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import linear_oracles
 import oracles
+from comparison import TOLERANCE
 from fixtures_io import Shell, save_pictures
 from fixtures_methods import make_method
 from fixtures_transformers import CASES, CLASSES, SourceCase, outputs, source, transformers
+from linear_oracles import ORDINARY, SHARED, VALUE, ImageTrace, LinearTrace, Rules, linear_trace
 from vitviz.errors import WeightsError
 from vitviz.explaining.batch import explain_batch
+from vitviz.methods.method import Method
 from vitviz.models.checkpoints import mismatch
 from vitviz.models.model import Model, load_model
 from vitviz.models.tokens import Readout
 from vitviz.models.translation import object_config, translation_of
+from vitviz.options import AttentionRule
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -33,7 +38,6 @@ pytestmark = [
 
 BY_NAME = {case.name: case for case in CASES}
 VIT, DINOV2 = BY_NAME["vit"], BY_NAME["dinov2"]
-CLASSIFIERS = [case for case in CASES if case.classifies]
 READOUTS: dict[str, Callable[[SourceCase], Callable[[int], oracles.Array]]] = {
     "CLASS_TOKEN": lambda case: oracles.class_token,
     "CLASS_AND_DISTILLATION": lambda case: oracles.class_and_distillation,
@@ -156,39 +160,84 @@ def test_positions_are_fitted_to_another_size_as_transformers_does(
 
 
 @cache
-def by_hand(case: SourceCase) -> tuple[list[oracles.Array], list[oracles.Array], Tensor]:
-    """Read attention, its gradients and logits from transformers itself, in double precision."""
-    model = case.build().double()
-    given = model(case.images().double().requires_grad_(True), output_attentions=True)
-    attention = given.attentions
-    top = given.logits.max(dim=1).values.sum()
-    gradients = torch.autograd.grad(top, attention)
-    return (
-        [each.detach().numpy() for each in attention],
-        [each.numpy() for each in gradients],
-        given.logits.detach(),
+def by_hand(case: SourceCase, rules: Rules) -> LinearTrace:
+    """Run transformers' own model, never seen by the package, in double precision."""
+    trace = linear_trace(case.build(), case.images(), rules)
+    if not trace.attention:
+        pytest.skip(f"transformers {transformers.__version__} has its heads in the batch")
+    return trace
+
+
+@cache
+def about_top_class(case: SourceCase, rules: Rules) -> list[ImageTrace]:
+    trace = by_hand(case, rules)
+    return trace.about(trace.scores.argmax(dim=1).tolist())
+
+
+def rolled_out(case: SourceCase, image: int, *, by_gradient: bool) -> oracles.Array:
+    """Roll attention out for one image, by the gradients of its best class or without."""
+    of_class = about_top_class(case, ORDINARY)[image] if by_gradient else None
+    attention = [call[image].detach().numpy() for call in by_hand(case, VALUE).attention]
+    return oracles.token_relevance(
+        of_class.attention if of_class else attention,
+        of_class.attention_gradients if of_class else None,
+        readout=READOUTS[case.reads](case)(attention[0].shape[-1]),
+        discard=0.5,
     )
 
 
-@pytest.mark.parametrize("method", ["rollout", "grad-rollout"])
-@pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
-def test_maps_are_those_of_the_formulas_on_transformers_own_attention(
+def classic(case: SourceCase, image: int) -> oracles.Array:
+    of_class = about_top_class(case, ORDINARY)[image]
+    return linear_oracles.classic_relevance(
+        of_class.attention,
+        of_class.attention_gradients,
+        readout=READOUTS[case.reads](case)(of_class.attention[0].shape[-1]),
+    )
+
+
+# Each method with its options, and the tokens' relevance of one image by the formulas.
+METHODS: dict[str, tuple[Method, Callable[[SourceCase, int], oracles.Array]]] = {
+    "rollout": (
+        make_method("rollout", discard=0.5),
+        lambda case, image: rolled_out(case, image, by_gradient=False),
+    ),
+    "grad-rollout": (
+        make_method("grad-rollout", discard=0.5),
+        lambda case, image: rolled_out(case, image, by_gradient=True),
+    ),
+    "relevance": (
+        make_method("relevance"),
+        lambda case, image: linear_oracles.token_relevance(about_top_class(case, VALUE)[image]),
+    ),
+    "classic": (make_method("relevance", classic=True), classic),
+    "evidence": (
+        make_method("evidence"),
+        lambda case, image: linear_oracles.token_evidence(about_top_class(case, VALUE)[image]),
+    ),
+    "shared": (
+        make_method("evidence", rule=AttentionRule.SHARED),
+        lambda case, image: linear_oracles.token_evidence(about_top_class(case, SHARED)[image]),
+    ),
+}
+MAPS = [
+    (case, method)
+    for case in CASES
+    for method in (METHODS if case.classifies else ["rollout"])
+    if case.classifies or case.name.startswith("dinov3")  # of which there is no classifier
+]
+
+
+@pytest.mark.parametrize(("case", "method"), MAPS, ids=lambda each: str(each))
+def test_maps_are_those_of_the_formulas_on_transformers_own_model(
     case: SourceCase, method: str
 ) -> None:
     model = load_model(source(case), device="cpu")
-    options = make_method(method, discard=0.5)
+    options, formula = METHODS[method]
     found = np.asarray(explain_batch(model, case.images(), options).relevance)[:, 0]
-    attention, gradients, logits = by_hand(case)
-    for image in range(len(logits)):
-        tokens = oracles.token_relevance(
-            [each[image] for each in attention],
-            [each[image] for each in gradients] if method == "grad-rollout" else None,
-            readout=READOUTS[case.reads](case)(attention[0].shape[-1]),
-            discard=0.5,
-        )
-        expected = oracles.on_grid(tokens, case.prefix_tokens, (4, 4))
+    for image, relevance in enumerate(found):
+        expected = oracles.on_grid(formula(case, image), case.prefix_tokens, (4, 4))
         span = expected.max() - expected.min()
-        assert np.abs(found[image] - expected).max() <= 1e-4 * span
+        assert np.abs(relevance - expected).max() <= TOLERANCE * span
 
 
 # What lies beside the weights
