@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
@@ -62,6 +63,10 @@ class SourceCase:
         kind = getattr(transformers, self.architecture, None)
         if kind is None:
             pytest.skip(f"transformers {transformers.__version__} has no {self.architecture}")
+        registers = self.reads == "CLASS_BESIDE_AVERAGE" and self.prefix_tokens > 1
+        if registers and "num_register_tokens" not in inspect.getsource(kind.forward):
+            # It was a mistake, mended in version 4.52.
+            pytest.skip(f"transformers {transformers.__version__} averages registers, too")
         sizes = {**_SIZES, **self.settings}
         labels = {"id2label": dict(_LABELS)} if self.classifies else {}
         if self.towers:

@@ -126,7 +126,7 @@ def test_names_of_either_version_and_of_one_layer_alone_are_understood(tmp_path:
     older = {
         name.replace("vit.layers.", "vit.encoder.layer.")
         .replace("attention.q_proj", "attention.attention.query")
-        .replace("attention.v_proj", "attention.attention.value"): tensor
+        .replace("attention.v_proj", "attention.attention.value"): tensor.clone()
         for name, tensor in load_file(file).items()
     }
     newer = {

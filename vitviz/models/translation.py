@@ -51,6 +51,8 @@ class Translation:
     def build(self, img_size: tuple[int, int] | None = None, **arguments: Any) -> nn.Module:
         """Build it, for images as its processor makes them or of another size."""
         module = self.plan.build(img_size or self.config["input_size"][1:], **arguments)
+        for part in module.modules():  # what is computed anew is no weight, in no version of timm
+            part._non_persistent_buffers_set.update(part._buffers)
         module.pretrained_cfg = module.default_cfg = dict(self.config)  # type: ignore[assignment]
         return module
 
