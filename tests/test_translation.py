@@ -21,7 +21,16 @@ from comparison import TOLERANCE
 from fixtures_io import Shell, save_pictures
 from fixtures_methods import make_method
 from fixtures_transformers import CASES, CLASSES, SourceCase, outputs, source, transformers
-from linear_oracles import ORDINARY, SHARED, VALUE, ImageTrace, LinearTrace, Rules, linear_trace
+from linear_oracles import (
+    BALANCED,
+    ORDINARY,
+    SHARED,
+    VALUE,
+    ImageTrace,
+    LinearTrace,
+    Rules,
+    linear_trace,
+)
 from vitviz.errors import WeightsError
 from vitviz.explaining.batch import explain_batch
 from vitviz.methods.method import Method
@@ -29,7 +38,7 @@ from vitviz.models.checkpoints import mismatch
 from vitviz.models.model import Model, load_model
 from vitviz.models.tokens import Readout
 from vitviz.models.translation import object_config, translation_of
-from vitviz.options import AttentionRule
+from vitviz.options import AttentionRule, ResidualRule
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -212,10 +221,14 @@ METHODS: dict[str, tuple[Method, Callable[[SourceCase, int], oracles.Array]]] = 
     "classic": (make_method("relevance", classic=True), classic),
     "evidence": (
         make_method("evidence"),
+        lambda case, image: linear_oracles.token_evidence(about_top_class(case, BALANCED)[image]),
+    ),
+    "plain": (
+        make_method("evidence", residual=ResidualRule.PLAIN),
         lambda case, image: linear_oracles.token_evidence(about_top_class(case, VALUE)[image]),
     ),
     "shared": (
-        make_method("evidence", rule=AttentionRule.SHARED),
+        make_method("evidence", rule=AttentionRule.SHARED, residual=ResidualRule.PLAIN),
         lambda case, image: linear_oracles.token_evidence(about_top_class(case, SHARED)[image]),
     ),
 }
