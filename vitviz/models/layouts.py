@@ -8,7 +8,7 @@ from vitviz.errors import UnsupportedModelError
 from vitviz.models.proofs import check_mixing, check_readout
 from vitviz.models.stage_proofs import check_completeness, prove_places
 from vitviz.models.stages import StageLayout, blocks_within, read_stages
-from vitviz.models.structure import blocks_of, input_channels
+from vitviz.models.structure import blocks_of
 from vitviz.models.tokens import TokenLayout, read_layout
 
 __all__ = ["Layout", "all_blocks", "prove_layout", "read_any_layout"]
@@ -33,12 +33,6 @@ def read_any_layout(module: nn.Module, input_size: tuple[int, int]) -> Layout:
     Raises:
         UnsupportedModelError: Neither is to be told.
     """
-    channels = input_channels(module)
-    if channels not in (1, 3):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} takes images of {channels} channels; expected 3 (red, green, "
-            "blue) or 1 (grey): try a model built with in_chans=3 or 1"
-        )
     try:
         return read_layout(module, input_size)
     except UnsupportedModelError as error:

@@ -166,7 +166,7 @@ def read_stages(module: nn.Module, input_size: tuple[int, int], reason: str) -> 
     Raises:
         UnsupportedModelError: It has no stages that are known, or one of them no grid.
     """
-    names = _stage_names(module)
+    names = _stage_names(module) if input_channels(module) in (1, 3) else []
     shapes = _output_shapes(module, names, input_size)
     stages = [_stage(name, shape, input_size) for name, shape in shapes.items()]
     known = tuple(stage for stage in stages if stage)

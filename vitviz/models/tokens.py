@@ -184,6 +184,12 @@ def read_layout(module: nn.Module, input_size: tuple[int, int]) -> TokenLayout:
             f"{type(module).__name__} has no single sequence of transformer blocks, so its "
             f"attention maps cannot be multiplied into a rollout; {INSTEAD}"
         )
+    channels = input_channels(module)
+    if channels not in (1, 3):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} takes images of {channels} channels; expected 3 (red, green, "
+            "blue) or 1 (grey): try a model built with in_chans=3 or 1"
+        )
     calls = survey(module, input_size)
     tokens = _constant_tokens(module, calls, blocks)
     tail = _tail_calls(module, calls[blocks:], tokens)
