@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from vitviz.models.labels import Labels
 from vitviz.models.locations import folder_weights, local_name, pretrained_source
 from vitviz.models.names import FACTORY
 from vitviz.models.structure import pretrained_config
-from vitviz.models.translation import Translation, translation_of
+from vitviz.models.translation import Translation, read_config, translation_of
 from vitviz.models.weight_files import WeightFile
 
 __all__ = ["LoadedModule", "build_model", "build_skeleton"]
@@ -368,5 +367,5 @@ def _is_multi_label(config: Mapping[str, Any]) -> bool:
     """Ask the hub-style config of a local model; timm itself drops what it does not know."""
     if config.get("source") != "local-dir":
         return False
-    content = json.loads((Path(config["file"]) / "config.json").read_text(encoding="utf-8"))
+    content = read_config(Path(config["file"]) / "config.json")
     return bool(content.get("problem_type") == "multi_label_classification")

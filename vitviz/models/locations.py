@@ -13,7 +13,7 @@ import vitviz
 from vitviz.errors import ModelError, WeightsError
 from vitviz.models.hub import fetch_from_hub, fetch_if_there, require_answer
 from vitviz.models.processor import PROCESSOR_FILE
-from vitviz.models.translation import is_translatable
+from vitviz.models.translation import read_config, stated_architecture
 from vitviz.models.weight_files import INDEX_FILES, find_weights, shards_of
 
 __all__ = ["folder_weights", "local_name", "pretrained_source"]
@@ -31,7 +31,7 @@ def local_name(name: str) -> str:
         return name
     repository = name.removeprefix("hf-hub:")
     config = fetch_from_hub(repository, "config.json")
-    if is_translatable(config.parent):
+    if stated_architecture(read_config(config)):
         fetch_if_there(repository, PROCESSOR_FILE)
     return f"local-dir:{config.parent}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import types
 from collections.abc import Collection, Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 from vitviz.errors import OptionError
 from vitviz.models.adapters import Adapter
 from vitviz.models.names import ALIASES
-from vitviz.models.translation import stated_architecture
+from vitviz.models.translation import read_config, stated_architecture
 from vitviz.models.weight_files import WeightFile
 
 __all__ = ["Statement", "disagreement", "model_stated"]
@@ -124,15 +123,11 @@ def _named(content: Mapping[Any, Any], depth: int = 0) -> Iterator[tuple[str, st
 def _configured(file: WeightFile, known: Collection[str]) -> Iterator[Statement]:
     """Yield what a model folder's config says, of which such a file is a part."""
     path = file.path.with_name("config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    if theirs := stated_architecture(path.parent):
+    config = read_config(path)
+    if theirs := stated_architecture(config):
         model = f"local-dir:{path.parent}"
         yield Statement(name=theirs, where="the config.json beside it", model=model)
-    name = config.get("architecture") if isinstance(config, dict) else None
-    if found := _known(name, known):
+    if found := _known(config.get("architecture"), known):
         described = config.get("pretrained_cfg")
         tag = described.get("tag") if isinstance(described, dict) else None
         yield Statement(

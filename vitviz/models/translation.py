@@ -22,8 +22,8 @@ from vitviz.models.processor import PROCESSOR_FILE, data_config
 
 __all__ = [
     "Translation",
-    "is_translatable",
     "object_config",
+    "read_config",
     "stated_architecture",
     "translate_object",
     "translation_of",
@@ -104,29 +104,40 @@ def translation_of(folder: Path, adapter: Adapter | None = None) -> Translation 
     Raises:
         ModelError: It is of a model that timm's parts do not make.
     """
-    config: Mapping[str, Any] = _read(folder / "config.json")
-    if not _architecture(config):
+    config: Mapping[str, Any] = read_config(folder / "config.json")
+    if not stated_architecture(config):
         return None
     if adapter is not None:
         config = _trained(config, adapter)
-    processor = _read(folder / PROCESSOR_FILE)
+    processor = read_config(folder / PROCESSOR_FILE)
     if not processor and (folder / PROCESSOR_FILE).is_file():
         raise ModelError(f"{folder}: {PROCESSOR_FILE} holds no settings; mend it or put it aside")
     if not processor:
-        pair = _read(folder / "processor_config.json").get("image_processor")
+        pair = read_config(folder / "processor_config.json").get("image_processor")
         processor = pair if isinstance(pair, dict) else {}
     found = {"source": "local-dir", "file": str(folder)}
     return _translation(config, processor, found, str(folder))
 
 
-def stated_architecture(folder: Path) -> str:
-    """Return what the config.json of a folder is for by transformers' name; else empty."""
-    return _architecture(_read(folder / "config.json"))
+def stated_architecture(config: Mapping[str, Any]) -> str:
+    """Return transformers' name of the class that a config is for; empty if it is not its config.
+
+    What timm saves has an ``architecture``, though a ``model_type`` may be beside it.
+    """
+    kind, named = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str) or isinstance(config.get("architecture"), str):
+        return ""
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) else f"{kind} without a class"
 
 
-def is_translatable(folder: Path) -> bool:
-    """Tell whether the config.json of a folder is of transformers."""
-    return bool(stated_architecture(folder))
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def object_config(module: nn.Module) -> dict[str, Any] | None:
@@ -166,7 +177,7 @@ def translate_object(module: nn.Module, config: Mapping[str, Any]) -> tuple[nn.M
 def _translation(
     config: Mapping[str, Any], processor: Mapping[str, Any], found: dict[str, str], origin: str
 ) -> Translation:
-    architecture = _architecture(config)
+    architecture = stated_architecture(config)
     try:
         plan = plan_of(config, architecture)
         data = data_config(processor, plan)
@@ -187,12 +198,13 @@ def _translation(
 
 def _trained(config: Mapping[str, Any], adapter: Adapter) -> Mapping[str, Any]:
     """Return the config of what was trained with an adapter on the model of a config."""
-    head, architecture = _trained_head(adapter), _architecture(config)
+    head, architecture = _trained_head(adapter), stated_architecture(config)
     if head is None:
         return config
     if _CLASSIFIER not in architecture:
         architecture = f"{architecture.partition('For')[0].removesuffix('Model')}{_CLASSIFIER}"
-    same = len(class_names(config)) == len(head)
+    named = config.get("id2label")
+    same = isinstance(named, Mapping) and len(named) == len(head)
     labels = {} if same else {"id2label": None, "num_labels": len(head)}
     return {**config, **labels, "architectures": [adapter.trained_as or architecture]}
 
@@ -201,23 +213,3 @@ def _trained_head(adapter: Adapter) -> Tensor | None:
     """Return the weights of the classifier that was trained with an adapter, if one was."""
     heads = (t for name, t in adapter.replaced.items() if name.endswith("classifier.weight"))
     return next((each for each in heads if each.dim() == 2), None)
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    """Return transformers' name of the class that a config is for; empty if it is not its config.
-
-    What timm saves has an ``architecture``, though a ``model_type`` may be beside it.
-    """
-    kind, named = config.get("model_type"), config.get("architectures")
-    if not isinstance(kind, str) or isinstance(config.get("architecture"), str):
-        return ""
-    first = named[0] if isinstance(named, list) and named else None
-    return first if isinstance(first, str) else f"{kind} without a class"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
