@@ -16,7 +16,7 @@ from vitviz.explaining.explanation import Explanation
 from vitviz.methods.features import Features, Similarity
 from vitviz.models.model import Model
 from vitviz.options import Fit, Foreground, PictureOptions, whole
-from vitviz.python_values import Images, Values, images_in
+from vitviz.python_values import Images, Values, images_in, option_value
 from vitviz.python_words import in_python_words
 
 __all__ = ["features", "similarity"]
@@ -59,7 +59,7 @@ def features(
         VitvizError: An option or an image is not usable.
     """
     method = Features(
-        block=_place("block", block),
+        block=option_value("block", int | None, block),
         foreground=Foreground(foreground),
         refine=whole("refine", refine),
     )
@@ -111,7 +111,7 @@ def similarity(
         VitvizError: An option or an image is not usable.
     """
     method = Similarity(
-        block=_place("block", block),
+        block=option_value("block", int | None, block),
         patch=tuple(whole("patch", each) for each in patch),  # type: ignore[arg-type]  # checked
         refine=whole("refine", refine),
     )
@@ -123,7 +123,3 @@ def similarity(
         batch_size=batch_size,
         errors=errors,
     )
-
-
-def _place(name: str, value: object) -> int | None:
-    return None if value is None else whole(name, value)
