@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitviz.errors import OptionError, WeightsError, first_line
+from vitviz.models.checkpoints import read_checkpoint
 from vitviz.models.hub import fetch_from_hub
 from vitviz.models.text import TextEmbeddings
-from vitviz.models.unwrapping import unwrap
 from vitviz.models.weight_files import WeightFile, find_weights
 
 __all__ = ["embed_prompts", "phrases", "require_open_clip"]
@@ -175,9 +175,7 @@ def _open_clip(whole: _Whole) -> tuple[Any, Any]:
             f"({first_line(error)}); {_INSTEAD}"
         ) from error
     origin = str(whole.weights.path)
-    expected = model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    tensors = unwrap(whole.weights.content, origin, shapes).tensors
+    tensors = read_checkpoint(whole.weights, model).tensors
     if hasattr(model, "text"):
         tensors = convert_to_custom_text_state_dict(tensors)
     try:
