@@ -150,12 +150,12 @@ def test_models_command_speaks_json_and_leaves_out_the_unsupported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["models", "xcit_nano_12", "--json"])
+        main(["models", "crossvit_tiny", "--json"])
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert records
     assert not any(record["rollout"] for record in records)
     with pytest.raises(SystemExit):
-        main(["models", "xcit_nano_12", "--supported"])
+        main(["models", "crossvit_tiny", "--supported"])
     assert capsys.readouterr().out == ""
 
 

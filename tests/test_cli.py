@@ -618,13 +618,13 @@ def test_maps_among_the_sources_are_no_sources(
     save = [word for kind in OutputKind for word in ("--save", kind.value)]
     command = ["rollout", folders[0], "-o", folders[1], *save, *tiny]
     first = shell(*command)
-    assert (first.code, len(first.paths)) == (0, 8)
+    assert (first.code, len(first.paths)) == (0, 10)
     for more in ([], ["--skip-existing"], ["--head-fusion", "mean"]):
         again = shell(*command, *more)
         assert again.code == 0
         assert again.paths == ([] if "--skip-existing" in more else first.paths)
     assert {path: path.read_bytes() for path in before} == before
-    assert len([path for path in Path().rglob("*") if path.is_file()]) == 2 + 8
+    assert len([path for path in Path().rglob("*") if path.is_file()]) == 2 + 10
 
 
 def test_output_that_is_a_source_is_refused(shell: Shell, tiny: list[str]) -> None:

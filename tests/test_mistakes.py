@@ -31,9 +31,9 @@ def shell(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("rollout a --class 3", "--class; it is an option of grad-rollout, relevance, evidence, e"),
+        ("rollout a --class 3", "--class; it is an option of relevance, grad-rollout, evidence, c"),
         ("relevance a --head-fusion max", "has no --head-fusion; it is an option of rollout"),
-        ("inspect a --weights b", "inspect has no --weights; it is an option of rollout, "),
+        ("inspect a --weights b", "inspect has no --weights; it is an option of relevance, "),
         ("rollout a --heda-fusion max", "--head-fusion"),
         ("rollout a --fit sqash", "--fit: 'sqash' is not one of squash, crop, native; did you "),
         ("rollout a --fit=SQUASH", "did you mean squash?"),

@@ -349,14 +349,14 @@ def test_all_classes_and_kinds_are_written(here: Path) -> None:
         method=GRADIENT,
         pictures=PictureOptions(kinds=tuple(OutputKind)),
     )
-    endings = [".png", ".heatmap.png", ".panel.png", ".npy"]
+    endings = [".png", ".heatmap.png", ".panel.png", ".gray.png", ".npy"]
     expected = [
         f"a.png.grad-rollout.{key}{end}" for key in ("c3", "top1", "top2") for end in endings
     ]
     assert [output.path.name for output in found.outputs] == expected
     assert sorted(path.name for path in Path("vitviz-out").iterdir()) == sorted(expected)
     assert found.outputs[0].class_index == 3
-    assert [output.class_index for output in found.outputs[4::4]] == [
+    assert [output.class_index for output in found.outputs[5::5]] == [
         prediction.class_index for prediction in found.predictions[:2]
     ]
     assert len(found.predictions) == 5

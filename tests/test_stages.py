@@ -114,7 +114,7 @@ def _expected(model: Model, layout: StageLayout, image: Tensor, class_index: int
 def test_evidence_equals_the_reference_and_forgets_no_stage(module: nn.Module) -> None:
     model, layout = _loaded(module)
     assert len(layout.stages) == len(module.feature_info)
-    (found,) = vitviz.evidence(model, [_image()], classes=1)
+    (found,) = vitviz.evidence(model, [_image()], classes=1, residual="plain")
     image = _pixels(model)
     expected = _expected(model, layout, image, 1)
     assert found.relevance.shape == layout.grid == expected.shape
@@ -241,8 +241,9 @@ def test_order_of_places_is_found_and_undone() -> None:
     module.norm = nn.Sequential(_Rolled(last), side)
     model, layout = _loaded(module)
     assert all(stage.order is not None for stage in layout.stages)
-    (found,) = vitviz.evidence(model, [_image()], classes=0)
-    (expected,) = vitviz.evidence(load_model(plain, device="cpu"), [_image()], classes=0)
+    (found,) = vitviz.evidence(model, [_image()], classes=0, residual="plain")
+    same = load_model(plain, device="cpu")
+    (expected,) = vitviz.evidence(same, [_image()], classes=0, residual="plain")
     assert np.allclose(found.relevance, expected.relevance, atol=1e-5)
 
 

@@ -183,6 +183,7 @@ def schema() -> Any:
         ("outlier_tokens", number),
         ("contrast", pa.float64()),
         ("gradient_norm_product", pa.float64()),
+        ("outlier_share", pa.float64()),
     ]
     columns = [
         *((name, text) for name in ("source", "key", "sha256")),
