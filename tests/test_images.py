@@ -603,8 +603,8 @@ def test_arrays_and_pillow_images_are_taken() -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros((20, 30, 3), np.float32),
-        np.zeros((20, 30, 3), np.int64),
+        np.zeros((20, 30, 3), np.complex64),
+        np.zeros((20, 30, 2), np.float32),
         np.zeros((3, 20, 30), np.uint8),
         np.zeros((2, 20, 30, 3), np.uint8),
         np.zeros((20, 0, 3), np.uint8),

@@ -24,6 +24,7 @@ from vitviz.runs.provenance import read_provenance
 __all__ = [
     "Classes",
     "Images",
+    "OneImage",
     "Target",
     "Values",
     "Versus",
@@ -36,9 +37,8 @@ __all__ = [
     "subjects_of",
 ]
 
-Images = (
-    str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]]
-)
+OneImage = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
+Images = OneImage | Iterable[OneImage]
 Values = ValueRange | str | tuple[float, float] | None
 Classes = int | str | Iterable[int | str]
 Versus = int | str | None
@@ -125,28 +125,32 @@ def evaluation_options(
 
 
 def require_inputs(model: object, images: object) -> None:
-    """Make sure that this is a model, and that these are images, and not one.
+    """Make sure that this is a model, and that these may be images.
 
     Raises:
-        OptionError: It is not, or it is one.
+        OptionError: They are not.
     """
     if not isinstance(model, Model):
         raise OptionError(
             f"expected a model from vitviz.load_model, and got {type(model).__name__}"
         )
-    is_folder = isinstance(images, (str, os.PathLike)) and Path(images).is_dir()
-    is_one = isinstance(images, (str, os.PathLike, Image.Image))
-    if (is_one and not is_folder) or getattr(images, "ndim", 4) in (2, 3):
-        raise OptionError("expected a list of images, and got one; write [image]")
+    if not _is_one(images) and not isinstance(images, Iterable):
+        raise OptionError(f"expected images, and got {type(images).__name__}")
 
 
 def images_in(images: Images) -> Iterator[Any]:
     """Yield images, in place of a folder those in it, as on the command line.
 
+    Args:
+        images: One, or several; tensors are (3, height, width) or (height, width).
+
     Raises:
         SourceError: There are none in a folder.
     """
-    for image in [images] if isinstance(images, (str, os.PathLike)) else images:
+    for image in [images] if _is_one(images) else images:  # type: ignore[union-attr]  # then many
+        if isinstance(image, Tensor):
+            yield _array(image)
+            continue
         if not isinstance(image, (str, os.PathLike)) or not Path(image).is_dir():
             yield image
             continue
@@ -154,6 +158,19 @@ def images_in(images: Images) -> Iterator[Any]:
         if not found:
             raise SourceError(f"no images in {image}; give images or folders of them")
         yield from (source.path for source in found)
+
+
+def _is_one(images: object) -> bool:
+    one = isinstance(images, (str, os.PathLike, Image.Image))
+    return one or getattr(images, "ndim", None) in (2, 3)
+
+
+def _array(image: Tensor) -> np.ndarray[Any, Any]:
+    """Return a tensor (channels, height, width) as an array (height, width, channels)."""
+    image = image.detach().cpu()
+    if image.ndim == 3:
+        image = image.permute(1, 2, 0) if len(image) > 1 else image[0]
+    return np.asarray((image.float() if image.is_floating_point() else image).numpy())
 
 
 def _source_of(number: int, image: Any) -> Source:

@@ -17,7 +17,7 @@ from vitviz.images.decoding import Decoded, ImageFile, decode, in_our_words, upr
 from vitviz.images.fitting import GAP, InputTransform, Region
 from vitviz.images.remarks import Remark
 from vitviz.images.sources import Source
-from vitviz.images.values import stored_in
+from vitviz.images.values import in_bytes, stored_in
 
 __all__ = ["ImageSample", "load_sample", "sample_of"]
 
@@ -86,8 +86,8 @@ def sample_of(
     """Fit an image that is already in memory.
 
     Args:
-        image: A Pillow image, or an array (height, width[, 3 or 4]) of uint8, or
-            (height, width) of other numbers.
+        image: A Pillow image, or an array (height, width[, 3]) of any numbers, floats from 0 to 1,
+            or (height, width, 4) of uint8.
         name: What to call it.
         frame: How to fit it.
         max_size: Longest side of its picture.
@@ -95,24 +95,43 @@ def sample_of(
     Raises:
         ImageError: It is none, cannot be decoded, or hardly anything would be seen of it.
     """
-    stored = None
-    if not isinstance(image, Image.Image):
-        try:
-            stored = stored_in(np.asarray(image))
-            image = Image.fromarray(np.asarray(image))
-        except (TypeError, ValueError) as error:
-            raise ImageError(f"{name}: expected (height, width, 3) uint8 RGB: {error}") from error
-    if not image.width or not image.height:
-        raise ImageError(f"{name} has no pixels")
-    try:
-        with in_our_words():
-            rgb, remarks = upright_rgb(image, frame.values, stored)
-    except ImageError as error:
-        raise ImageError(f"{name} {error}") from error
+    rgb, remarks = _upright(image, name, frame)
     decoded = Decoded(image=rgb, size=(rgb.height, rgb.width), remarks=remarks)
     source, digest = Source(path=Path(name), key=name), hashlib.sha256(rgb.tobytes()).hexdigest()
     picture = _scaled(rgb, _picture_size(decoded.size, max_size))
     return _sample(source, digest, decoded, frame, picture)
+
+
+def _upright(
+    image: Image.Image | NDArray[Any], name: str, frame: InputTransform
+) -> tuple[Image.Image, tuple[Remark, ...]]:
+    """Bring an image in memory to RGB, as it is looked at, and say what is lost by it."""
+    lost: tuple[Remark, ...] = ()
+    stored, values = None, frame.values
+    try:
+        if not isinstance(image, Image.Image):
+            array = np.asarray(image)
+            if _has_wide_colors(array):
+                (array, lost), values = in_bytes(array, values), None
+            stored = stored_in(array)
+            image = Image.fromarray(array)
+        if not image.width or not image.height:
+            raise ImageError("has no pixels")
+        with in_our_words():
+            rgb, remarks = upright_rgb(image, values, stored)
+    except (TypeError, ValueError) as error:
+        raise ImageError(
+            f"{name}: expected (height, width, 3) of uint8, or of floats in [0, 1]: {error}"
+        ) from error
+    except ImageError as error:
+        raise ImageError(f"{name} {error}") from error
+    return rgb, (*lost, *remarks)
+
+
+def _has_wide_colors(array: NDArray[Any]) -> bool:
+    """Tell whether an array is of three colours in other numbers than Pillow takes."""
+    is_rgb = array.ndim == 3 and array.shape[2] == 3 and array.size > 0
+    return is_rgb and array.dtype.kind in "uif" and array.dtype != np.uint8
 
 
 def _sample(

@@ -14,7 +14,7 @@ from vitviz.errors import ImageError
 from vitviz.images.remarks import Remark
 from vitviz.options import ValueRange
 
-__all__ = ["Scale", "Stored", "in_strips", "scale_of", "stored_as", "stored_in"]
+__all__ = ["Scale", "Stored", "in_bytes", "in_strips", "scale_of", "stored_as", "stored_in"]
 
 Values = NDArray[np.floating[Any]]
 
@@ -176,6 +176,32 @@ def scale_of(image: Image.Image, stored: Stored, wanted: ValueRange | None) -> S
     low, high = found.ends(wanted) if wanted else (0.0, stored.highest)
     remarks = found.remarks(low, high, wanted)
     return Scale(stored=stored, low=low, high=high, remarks=tuple(remarks))
+
+
+def in_bytes(
+    colors: NDArray[Any], wanted: ValueRange | None
+) -> tuple[NDArray[np.uint8], tuple[Remark, ...]]:
+    """Bring an array of colours of any numbers to 8 bits, by the rule for greys.
+
+    Args:
+        colors: (height, width, 3).
+        wanted: As for ``scale_of``; the ends are those of all three colours.
+
+    Returns:
+        (height, width, 3), and what is lost by it.
+
+    Raises:
+        ImageError: Hardly anything of the image would be left.
+        TypeError: Pillow knows no such numbers.
+    """
+    height, width, bands = colors.shape
+    if colors.dtype in (np.float16, np.float64):
+        colors = colors.astype(np.float32)
+    side_by_side = Image.fromarray(np.ascontiguousarray(colors).reshape(height, width * bands))
+    scale = scale_of(side_by_side, _whole(colors.dtype.str[1:]), wanted)
+    if scale is None:
+        return colors, ()
+    return np.asarray(scale.apply(side_by_side)).reshape(colors.shape), scale.remarks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
