@@ -11,7 +11,7 @@ PYTEST_PARALLEL = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census stub figures docs format clean
+.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census stub notebook figures docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -75,6 +75,9 @@ stub: setup  ## write the signatures of the Python functions anew, for editors
 
 census: setup  ## judge every model of timm anew, for `vitviz models`
 	$(BIN)/python -m vitviz.models.catalogue
+
+notebook: setup  ## run docs/notebook.ipynb and show in it what its cells give
+	$(BIN)/python -m tests.notebook
 
 figures: setup  ## measure the bundled model on 500 scenes that it has never seen
 	$(BIN)/python -m tests.demo_model.evaluate

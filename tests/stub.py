@@ -20,6 +20,7 @@ HEAD = '''\
 
 from vitviz.api import evaluate as evaluate
 from vitviz.api import explain_samples as explain_samples
+from vitviz.api import grid as grid
 from vitviz.api import load_model as load_model
 from vitviz.api import load_samples as load_samples
 from vitviz.errors import VitvizError as VitvizError

@@ -35,7 +35,13 @@ ROOMS = sorted(
 )
 TORCHLESS = (
     *("errors", "options", "models.census", "models.labels", "images.sources", "images.samples"),
-    *("pictures.heat", "pictures.sheets", "explaining.explanation", "runs.names"),
+    *(
+        "pictures.heat",
+        "pictures.sheets",
+        "explaining.explanation",
+        "explaining.grids",
+        "runs.names",
+    ),
     *("runs.provenance", "runs.writing"),
     *(
         "methods.table",

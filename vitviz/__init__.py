@@ -35,6 +35,7 @@ _HOMES = {
     "evidence": "vitviz.api",
     "features": "vitviz.features_api",
     "grad_rollout": "vitviz.api",
+    "grid": "vitviz.api",
     "load_model": "vitviz.api",
     "relevance": "vitviz.api",
     "similarity": "vitviz.features_api",

@@ -19,6 +19,8 @@ from vitviz.evaluation.measuring import measure
 from vitviz.evaluation.summary import Evaluation, summarize
 from vitviz.explaining import samples as explaining
 from vitviz.explaining.explanation import Explanation
+from vitviz.explaining.grids import Explanations
+from vitviz.explaining.grids import grid as grid_of
 from vitviz.explaining.samples import Explained, Failed, images_at_once, input_transform
 from vitviz.images.decoding import read_file
 from vitviz.images.samples import ImageSample, load_sample, sample_of
@@ -49,6 +51,7 @@ __all__ = [
     "evidence",
     "explain_samples",
     "grad_rollout",
+    "grid",
     "load_model",
     "load_samples",
     "relevance",
@@ -59,7 +62,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _SHARED = """\
         model: From ``load_model``; it is left as it was.
-        images: Paths of images and folders, Pillow images or arrays (height, width, 3) of uint8.
+        images: Paths of images and folders, Pillow images, arrays (height, width, 3) or tensors
+            (3, height, width), of uint8 or of floats in [0, 1]; one of these, or several.
 {options}
         fit: ``squash``, ``crop`` or ``native``.
         value_range: Pixel values that become black and white, (0, 4095), or percentiles of each
@@ -84,6 +88,7 @@ _TARGET = """\
 
 load_model = in_python_words(models.load_model)
 explain_samples = in_python_words(explaining.explain_samples)
+grid = in_python_words(grid_of)
 
 
 @in_python_words
@@ -99,7 +104,8 @@ def load_samples(
 
     Args:
         model: From ``load_model``.
-        images: Paths of images and folders, Pillow images or arrays (height, width, 3) of uint8.
+        images: Paths of images and folders, Pillow images, arrays (height, width, 3) or tensors
+            (3, height, width), of uint8 or of floats in [0, 1]; one of these, or several.
         fit: ``squash``, ``crop`` or ``native``.
         value_range: As for ``rollout``.
         max_size: Longest side of the pictures, in pixels.
@@ -148,7 +154,8 @@ def explain(
 
     Args:
         model: The model; it is left as it was.
-        images: Paths of images and folders, Pillow images or arrays (height, width, 3) of uint8.
+        images: Paths of images and folders, Pillow images, arrays (height, width, 3) or tensors
+            (3, height, width), of uint8 or of floats in [0, 1]; one of these, or several.
         method: The method, with its options.
         pictures: How the maps draw themselves; None: as by default.
         fit: How images are brought to the model's size.
@@ -183,7 +190,7 @@ def explain(
 
 def _maps_of(items: Iterable[Explained | Failed], *, skip: bool) -> list[Explanation]:
     """Gather the maps; at an image that failed, raise, or skip it and warn in the end."""
-    explanations: list[Explanation] = []
+    explanations = Explanations()
     failed: list[Failed] = []
     for item in items:
         if isinstance(item, Explained):

@@ -9,6 +9,7 @@ import numpy as np
 
 from vitviz.errors import OptionError
 from vitviz.explaining.explanation import Explanation
+from vitviz.explaining.grids import Explanations
 from vitviz.explaining.samples import Explained
 from vitviz.methods.features import Features, Reference, Similarity
 from vitviz.options import Foreground
@@ -31,14 +32,14 @@ def patches_in(explained: Iterable[object], images: int) -> list[Patches]:
     ]
 
 
-def colored(method: Features, explanations: Sequence[Explanation]) -> list[Explanation]:
+def colored(method: Features, explanations: Sequence[Explanation]) -> Explanations:
     """Give features that are all there the colours that they share."""
     chosen = spread(len(explanations))
     if not chosen:
-        return []
+        return Explanations()
     patches = [patches_of(explanations[each].relevance, len(chosen)) for each in chosen]
     colors = fit_colors(method, patches)
-    return [replace(each, colors=colors) for each in explanations]
+    return Explanations(replace(each, colors=colors) for each in explanations)
 
 
 def features_at(method: Similarity) -> Features:

@@ -127,8 +127,9 @@ class Model:
         )
 
     def __repr__(self) -> str:
-        """Say which model it is, in one short line."""
-        return f"<Model {self.name} ({self.weights}) on {self.device}, {self.num_classes} classes>"
+        """Say which model it is, what its head reads and what maps it has."""
+        outline = f"{self.layout.outline}, {self.num_classes:,} classes"
+        return f"<Model {self.name} on {self.device}: {outline}>"
 
     def describe(self) -> str:
         """Say what is computed with: the model, its weights, and what pixels are brought to."""

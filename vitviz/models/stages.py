@@ -108,6 +108,12 @@ class StageLayout:
         return len(self.stages)
 
     @property
+    def outline(self) -> str:
+        """How many stages there are, and the grid of maps, in a few words."""
+        rows, cols = self.grid
+        return f"{self.blocks} stages, maps of {rows}×{cols}"
+
+    @property
     def tokens(self) -> int:
         """Number of places of the finest stage, which tells how much memory an image takes."""
         return max(math.prod(stage.grid) for stage in self.stages)

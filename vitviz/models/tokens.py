@@ -83,6 +83,12 @@ class TokenLayout:
         return self.class_tokens + self.distillation_tokens + self.register_tokens
 
     @property
+    def outline(self) -> str:
+        """What the head reads, and the grid, in a few words."""
+        rows, cols = self.grid
+        return f"{self.readout.value.partition(',')[0]}, {rows}×{cols} patches"
+
+    @property
     def tokens(self) -> int:
         """Length of the sequence."""
         return self.prefix_tokens + math.prod(self.grid)
