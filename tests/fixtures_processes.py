@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import pyte
+
 from fixtures_io import ROOT, Run
 
 _ROOMS = ("cli.app", "cli.reporter", "runs.pipeline", "models.building")
@@ -57,6 +59,14 @@ class Shown:
 
     code: int
     text: str
+    columns: int
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands on the terminal in the end, line by line."""
+        screen = pyte.Screen(self.columns, 1000)
+        pyte.Stream(screen).feed(self.text)
+        return "\n".join(line.rstrip() for line in screen.display).rstrip().splitlines()
 
 
 class Nursery:
@@ -134,7 +144,7 @@ class Nursery:
                 sent += os.read(ours, 1 << 16)
         os.close(theirs)
         os.close(ours)
-        return Shown(code=code.result(), text=sent.decode())
+        return Shown(code=code.result(), text=sent.decode(), columns=columns)
 
 
 def _stream(stream: IO[bytes] | None) -> IO[bytes]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fixtures_io import ROOT, Shell
+from fixtures_io import ROOT
+from fixtures_processes import Nursery
 from tests.reference import commands, options_of, program_parameters, updated
 from vitviz.models.names import ALIASES
 from vitviz.options import (
@@ -195,13 +196,11 @@ def test_readme_is_a_front_page() -> None:
         if FOREIGN not in each
     ],
 )
-def test_output_that_is_shown_is_real(
-    command: str, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    done = Shell(capfdbinary, monkeypatch)(*shlex.split(command)[1:])
+def test_output_that_is_shown_is_real(command: str, nursery: Nursery) -> None:
+    columns = max(80, *map(len, EXAMPLES[command]))
+    done = nursery.on_a_terminal(*shlex.split(command)[1:], cwd=Path.cwd(), columns=columns)
     assert done.code == 0
-    printed = [_timeless(line) for line in (done.out.decode() + done.err).splitlines()]
+    printed = [_timeless(line) for line in done.lines]
     shown = [_timeless(line) for line in EXAMPLES[command] if line != "…"]
     assert [line for line in shown if line not in printed] == []
 
@@ -209,7 +208,7 @@ def test_output_that_is_shown_is_real(
 def _timeless(line: str) -> str:
     """Leave out what differs from machine to machine: devices, times and costs."""
     line = re.sub(r"^Using .*", "Using a device", line)
-    line = re.sub(r" in [\d.]+ s, [\d.]+ images/s$", "", line)
+    line = re.sub(r" in [\d.]+ s, [\d.]+ images/s", "", line)
     return re.sub(r"^(\S+(?: +\S+){5}) +\d+\.\d$", r"\1", line)
 
 

@@ -37,7 +37,7 @@ def test_each_path_stands_on_a_line_of_its_own_beside_the_bar(session: str) -> N
     paths = [line for line in lines if "rollout.png" in line]
     assert len(paths) == len(list(SCENES.glob("*.png")))
     assert all(line.strip().endswith(".rollout.png") for line in paths)
-    assert not any("explaining" in line for line in paths)
+    assert not any("━" in line for line in paths)
 
 
 def test_bar_shows_how_many_are_done_and_is_gone_in_the_end(session: str) -> None:
@@ -57,12 +57,13 @@ def test_quiet_terminal_shows_paths_alone(nursery: Nursery, tmp_path: Path) -> N
 
 def test_reader_that_leaves_is_no_full_disk(tmp_path: Path) -> None:
     result = Result(source=Source(path=Path("a.png"), key="a.png"), status="written")
+    run = {"run": {"method": "rollout"}}
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stdout, pytest.MonkeyPatch.context() as patch:  # noqa: PTH123
         patch.setattr(sys, "stdout", stdout)
         with pytest.raises(BrokenPipeError):
-            Reporter(quiet=True, as_json=True).show([result], 1, {})
+            Reporter(quiet=True, as_json=True).show([result], 1, run, None)
         discard(stdout)
 
 
@@ -70,7 +71,7 @@ def test_reader_that_leaves_is_no_full_disk(tmp_path: Path) -> None:
     ("wait_for", "words"),
     [
         (b"rollout.png", ["rollout", str(SCENES), "--batch-size", "1", "-o", "out"]),
-        (b"explaining", ["evaluate", str(SCENES), "--batch-size", "1"]),
+        (b"measuring", ["evaluate", str(SCENES), "--batch-size", "1"]),
         (b"Using cpu", ["evaluate", str(SCENES)]),
     ],
     ids=["maps", "measuring", "loading"],

@@ -67,7 +67,7 @@ def _collect(
         reporter.count("failed" if image.error else "measured", image.source, image.error)
         kept.append(image)
 
-    reporter.watch(scores, total, keep, ("measured", "failed"))
+    reporter.watch(scores, total, keep, ("measured", "failed"), what="measuring")
 
 
 def _tell(reporter: Reporter, evaluation: Evaluation, run: EvaluationRun) -> None:

@@ -76,7 +76,8 @@ def explain_images(
             made = plan(model, found.sources, job)
             results = pipeline.run(model, found.sources, made.job, finish=made.finish, warn=warn)
             shown = interruption.between(results)
-            reporter.show(shown, len(sources), run_record(model.record, made.job))
+            record = run_record(model.record, made.job)
+            reporter.show(shown, len(sources), record, made.job.destination)
         except ImageError as error:  # the one that all others hang on
             complain(str(error), code=1)
         except OutputError as error:  # what went before is written: no reason to leave with 2

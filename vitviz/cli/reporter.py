@@ -7,20 +7,24 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import ControlType
 from rich.text import Text
 
 from vitviz.cli.leaving import discard
 from vitviz.cli.surroundings import SPELT_OUT
 from vitviz.errors import OutputError, printable
+from vitviz.explaining.explanation import Prediction
 from vitviz.images.sources import Source
 from vitviz.runs.records import Result
 
@@ -29,6 +33,8 @@ __all__ = ["Reporter"]
 _Item = TypeVar("_Item")
 
 _RESULTS = ("written", "skipped", "failed")
+_FEW = 10  # images that people read one by one
+_NAMED = 3  # classes of many images
 
 
 class Reporter:
@@ -47,6 +53,7 @@ class Reporter:
         self._end = b"\0" if nul else b"\n"
         self._errors = Console(stderr=True, highlight=False)
         self._counts: Counter[str] = Counter()
+        self._best: Counter[str] = Counter()  # classes, of many images
         self._total = 0
         self._done = 0.0  # images, and parts of them
         self._bar: Callable[[], None] | None = None
@@ -57,18 +64,39 @@ class Reporter:
         if not self._quiet:
             self._errors.print(Text(printable(text), style), soft_wrap=True)
 
-    def show(self, results: Iterable[Result], total: int, run: dict[str, Any]) -> None:
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Say on a terminal what is waited for, until something follows."""
+        if not self._shows_progress:
+            yield
+            return
+        # Without a newline: a download draws its bar over the line.
+        self._errors.print(Text(printable(text)), end="", soft_wrap=True)
+        try:
+            yield
+        finally:
+            erase = (ControlType.ERASE_IN_LINE, 2)
+            self._errors.control(Control(ControlType.CARRIAGE_RETURN, erase))
+
+    def show(
+        self, results: Iterable[Result], total: int, run: dict[str, Any], where: Path | None
+    ) -> None:
         """Show each result as it comes, under a progress bar where there is a terminal; sum up.
+
+        To people on a terminal it tells what the model said and where the files are; of many images
+        in numbers.
 
         Args:
             results: From the pipeline.
             total: How many there will be.
             run: What is the same for all records.
+            where: Where to look for what is written.
 
         Raises:
             OutputError: Results cannot be told, as into a file on a full disk.
         """
-        self.watch(results, total, partial(self._show, run=run), _RESULTS)
+        method = run["run"]["method"]
+        self.watch(results, total, partial(self._show, run=run), _RESULTS, what=method, where=where)
 
     def advance(self, images: float) -> None:
         """Move the bar on by what is done of images that no result tells of yet."""
@@ -82,6 +110,9 @@ class Reporter:
         total: int,
         tell: Callable[[_Item], None],
         statuses: Sequence[str],
+        *,
+        what: str,
+        where: Path | None = None,
     ) -> None:
         """Tell of items as they come, under a progress bar, and sum up by status.
 
@@ -90,14 +121,16 @@ class Reporter:
             total: How many there will be.
             tell: Called with each; counts it.
             statuses: What can become of an item, what is hoped for first.
+            what: What is done to them, for the bar.
+            where: Where it is written to, for the last line.
         """
         self._start, self._total, self._done = time.perf_counter(), total, 0.0
         try:
-            with closing(self._progress(items, total)) as shown:
+            with closing(self._progress(items, total, what)) as shown:
                 for item in shown:
                     tell(item)
         finally:
-            self._summarize(statuses)
+            self._summarize(statuses, where)
 
     def count(self, status: str, source: Source, error: str | None) -> None:
         """Count what became of an image, and tell why it failed if it did."""
@@ -110,25 +143,48 @@ class Reporter:
         self.count(result.status, result.source, result.error)
         if self._as_json:
             self.write(json.dumps(_record(result, run)))
-        elif result.status != "skipped":
+        elif self._speaks and self._total > _FEW:
+            self._best.update(_class(best) for best in result.predictions[:1])
+        elif result.status == "skipped":
+            return
+        elif self._speaks and result.outputs:
+            self._tell(result)
+        else:
             for output in result.outputs:
                 self.write(output.path, self._end)
 
-    def _summarize(self, statuses: Sequence[str]) -> None:
+    def _tell(self, result: Result) -> None:
+        """Tell people what the model said of an image, and where its files are."""
+        said = [f"{_class(best)} {best.score:.0%}" for best in result.predictions[:1]]
+        line = "  ".join([result.source.path.name, *said])
+        paths = [f"  → {output.path}" for output in result.outputs]
+        whole = "".join([line, *paths])
+        fits = len(paths) == 1 and cell_len(printable(whole)) <= self._errors.width
+        for text in [whole] if fits else [line, *paths]:
+            self.write(text)
+
+    def _summarize(self, statuses: Sequence[str], where: Path | None) -> None:
         """Say how many images there were and how fast they went, if there were any.
 
         Args:
             statuses: What can become of an image, what is hoped for first.
+            where: Where it is written to.
         """
         if not self._counts:
             return
+        if self._best:
+            most = sorted(self._best.items(), key=lambda each: (-each[1], each[0]))[:_NAMED]
+            others = len(self._best) - len(most)
+            named = ", ".join(f"{name} {count:,}" for name, count in most)
+            self.say(f"best classes: {named}" + (f" and {others:,} others" if others else ""))
         seconds = time.perf_counter() - self._start
         done = self._counts[statuses[0]]
         parts = [f"{self._counts[status]} {status}" for status in statuses]
         if left := self._total - self._counts.total():
             parts.append(f"{left} not done")
         rate = f", {done / seconds:.1f} images/s" if done and seconds else ""
-        self.say(f"{', '.join(parts)} in {seconds:.1f} s{rate}")
+        place = "" if where is None else f" → {where}"
+        self.say(f"{', '.join(parts)} in {seconds:.1f} s{rate}{place}")
 
     @property
     def failed(self) -> bool:
@@ -138,6 +194,12 @@ class Reporter:
     @property
     def _shows_progress(self) -> bool:
         return not self._quiet and self._errors.is_terminal
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether results are for people, who see both streams on one terminal."""
+        is_plain = not self._as_json and self._end == b"\n"
+        return is_plain and self._shows_progress and sys.stdout is not None and sys.stdout.isatty()
 
     def write(self, result: str | Path, end: bytes = b"\n") -> None:
         """Write a result to stdout: paths byte for byte for programs, readable for people.
@@ -164,12 +226,14 @@ class Reporter:
         else:
             print(printable(text), flush=True)
 
-    def _progress(self, results: Iterable[_Item], total: int) -> Generator[_Item, None, None]:
+    def _progress(
+        self, results: Iterable[_Item], total: int, what: str
+    ) -> Generator[_Item, None, None]:
         if not self._shows_progress:
             yield from results
             return
         columns = (
-            TextColumn("explaining"),
+            TextColumn(what),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -188,6 +252,12 @@ class Reporter:
                 self._done = max(self._done, self._counts.total())
                 move()
             self._bar = None
+
+
+def _class(prediction: Prediction) -> str:
+    """Name a class by the first of its synonyms."""
+    label = prediction.class_label or f"class {prediction.class_index}"
+    return label.partition(",")[0]
 
 
 def _record(result: Result, run: dict[str, Any]) -> dict[str, Any]:

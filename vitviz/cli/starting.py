@@ -25,6 +25,7 @@ from vitviz.errors import (
     evidence_instead,
     printable,
 )
+from vitviz.models.names import DEFAULT
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.cli.reporter import Reporter
@@ -126,31 +127,34 @@ def require_known(model: str) -> dict[str, Any]:
 
 def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
     """Say what the work begins with, and load the model; only now torch, after all mistakes."""
+    from vitviz.cli.reporter import Reporter
+
     img_size = read_size(run.img_size)
-    with importing():
-        from vitviz.cli.reporter import Reporter
+    reporter = Reporter(quiet=run.quiet, as_json=run.as_json, nul=run.nul)
+    for argument in found.fruitless:
+        reporter.say(f"no images in {argument}", "yellow")
+    with reporter.waiting("loading torch …"), importing():
         from vitviz.models.devices import describe_device, select_device
         from vitviz.models.model import load_model
         from vitviz.models.prompts import phrases
 
-    reporter = Reporter(quiet=run.quiet, as_json=run.as_json, nul=run.nul)
-    for argument in found.fruitless:
-        reporter.say(f"no images in {argument}", "yellow")
     reporter.say(describe_device(select_device(run.device)))
-    model = load_model(
-        run.model,
-        weights=run.weights,
-        labels=run.labels,
-        device=run.device,
-        fit=run.fit,
-        img_size=img_size,
-        mean=run.mean,
-        std=run.std,
-        precision=run.precision,
-        adapter=run.adapter,
-        text_embeddings=run.text_embeddings,
-        text=phrases(run.text, run.templates),
-    )
+    name = run.model or (DEFAULT if run.weights is None else run.weights.name)
+    with reporter.waiting(f"loading {name} …"):
+        model = load_model(
+            run.model,
+            weights=run.weights,
+            labels=run.labels,
+            device=run.device,
+            fit=run.fit,
+            img_size=img_size,
+            mean=run.mean,
+            std=run.std,
+            precision=run.precision,
+            adapter=run.adapter,
+            text_embeddings=run.text_embeddings,
+            text=phrases(run.text, run.templates),
+        )
     reporter.say(model.describe())
     for note in model.notes:
         reporter.say(note, "yellow")

@@ -58,6 +58,11 @@ class Job:
         if OutputKind.GRAY in self.pictures.kinds:
             self.method.require_one_map()
 
+    @property
+    def destination(self) -> Path | None:
+        """Where to look for what was made; None where nothing is written."""
+        return self.output if self.pictures.kinds else self.records
+
     def part_of(self, sources: Sequence[Source]) -> Sequence[Source]:
         """Return the images that this process is to explain."""
         return [each for each in sources if self.shard.holds(each.key)] if self.shard else sources
