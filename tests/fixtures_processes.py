@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -126,10 +126,16 @@ class Nursery:
     ) -> Run:
         return self.start(*arguments, cwd=cwd, prelude=prelude, out=out).wait()
 
-    def on_a_terminal(self, *arguments: str, cwd: Path, columns: int = 80) -> Shown:
+    def on_a_terminal(
+        self,
+        *arguments: str,
+        cwd: Path,
+        columns: int = 80,
+        variables: Mapping[str, str] | None = None,
+    ) -> Shown:
         """Run a command with stdout and stderr on one terminal."""
         ours, theirs = pty.openpty()
-        settings = {"COLUMNS": str(columns), "TERM": "xterm"}
+        settings = {"COLUMNS": str(columns), "TERM": "xterm", **(variables or {})}
         pid = self.ask(
             arguments=arguments,
             cwd=str(cwd),

@@ -81,7 +81,8 @@ def test_many_images_are_summed_up(nursery: Nursery, here: Path, columns: int) -
 def test_table_alone_is_where_to_look(nursery: Nursery, here: Path) -> None:
     words = ["rollout", "star-ring.png", "--save", "none", "--records", "maps.parquet"]
     assert seen(nursery, here, *words, columns=80)[2:] == [
-        "1 written, 0 skipped, 0 failed in # s → maps.parquet"
+        STAR,
+        "1 written, 0 skipped, 0 failed in # s → maps.parquet",
     ]
 
 

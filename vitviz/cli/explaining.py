@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,6 +56,7 @@ def explain_images(
     from vitviz.runs.writing import prepare_folder
 
     job = _job(run, method)
+    _require_previews(run, job.pictures)
     found = find(run)
     sources = job.part_of(found.sources)
     if job.shard and not run.quiet:
@@ -77,7 +79,8 @@ def explain_images(
             results = pipeline.run(model, found.sources, made.job, finish=made.finish, warn=warn)
             shown = interruption.between(results)
             record = run_record(model.record, made.job)
-            reporter.show(shown, len(sources), record, made.job.destination)
+            where = made.job.destination
+            reporter.show(shown, len(sources), record, where, previews=run.show)
         except ImageError as error:  # the one that all others hang on
             complain(str(error), code=1)
         except OutputError as error:  # what went before is written: no reason to leave with 2
@@ -111,6 +114,16 @@ def _job(run: WritingRun, method: Method) -> Job:
         table=Saved.TABLE in run.save,
         shard=None if run.shard is None else Shard.parse(run.shard),
     )
+
+
+def _require_previews(run: WritingRun, pictures: PictureOptions) -> None:
+    """Make sure that there is something to show, and somewhere, if that is asked for."""
+    if not run.show:
+        return
+    if not any(kind is not OutputKind.NPY for kind in pictures.kinds):
+        raise OptionError("--show shows the pictures that are written; add --save overlay")
+    if sys.stderr is None or not sys.stderr.isatty():
+        raise OptionError("--show draws on a terminal, but stderr is none; leave it out")
 
 
 def _kinds(run: WritingRun) -> tuple[OutputKind, ...]:

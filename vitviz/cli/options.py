@@ -215,6 +215,10 @@ class WritingRun(SharedOptions):
     max_size: Annotated[
         int, declare(PICTURES, metavar="N", help="Longest side of the pictures, in pixels.")
     ] = 1024
+    show: Annotated[
+        bool,
+        declare(PICTURES, "--show", help="Show the pictures on the terminal, too."),
+    ] = False
     skip_existing: Annotated[
         bool,
         declare(

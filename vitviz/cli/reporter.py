@@ -54,6 +54,7 @@ class Reporter:
         self._errors = Console(stderr=True, highlight=False)
         self._counts: Counter[str] = Counter()
         self._best: Counter[str] = Counter()  # classes, of many images
+        self._previews = False
         self._total = 0
         self._done = 0.0  # images, and parts of them
         self._bar: Callable[[], None] | None = None
@@ -79,7 +80,13 @@ class Reporter:
             self._errors.control(Control(ControlType.CARRIAGE_RETURN, erase))
 
     def show(
-        self, results: Iterable[Result], total: int, run: dict[str, Any], where: Path | None
+        self,
+        results: Iterable[Result],
+        total: int,
+        run: dict[str, Any],
+        where: Path | None,
+        *,
+        previews: bool = False,
     ) -> None:
         """Show each result as it comes, under a progress bar where there is a terminal; sum up.
 
@@ -91,11 +98,12 @@ class Reporter:
             total: How many there will be.
             run: What is the same for all records.
             where: Where to look for what is written.
+            previews: Whether pictures are shown on the terminal, too.
 
         Raises:
             OutputError: Results cannot be told, as into a file on a full disk.
         """
-        method = run["run"]["method"]
+        method, self._previews = run["run"]["method"], previews
         self.watch(results, total, partial(self._show, run=run), _RESULTS, what=method, where=where)
 
     def advance(self, images: float) -> None:
@@ -143,15 +151,23 @@ class Reporter:
         self.count(result.status, result.source, result.error)
         if self._as_json:
             self.write(json.dumps(_record(result, run)))
-        elif self._speaks and self._total > _FEW:
+        elif self._speaks and self._total > _FEW and not self._previews:
             self._best.update(_class(best) for best in result.predictions[:1])
-        elif result.status == "skipped":
-            return
-        elif self._speaks and result.outputs:
+        elif self._speaks and result.status == "written":
             self._tell(result)
-        else:
+        elif result.status != "skipped":
             for output in result.outputs:
                 self.write(output.path, self._end)
+        if self._previews:
+            self._preview(result)
+
+    def _preview(self, result: Result) -> None:
+        """Show the pictures of an image."""
+        from vitviz.cli.previews import Preview, protocol_of, shown_files
+
+        protocol = protocol_of(os.environ)
+        for path in shown_files([(output.kind, output.path) for output in result.outputs]):
+            self._errors.print(Preview.read(path, protocol))
 
     def _tell(self, result: Result) -> None:
         """Tell people what the model said of an image, and where its files are."""
