@@ -11,7 +11,7 @@ PYTEST_PARALLEL = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census stub notebook figures docs format clean
+.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census stub notebook figures screenshot browser docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -81,6 +81,14 @@ notebook: setup  ## run docs/notebook.ipynb and show in it what its cells give
 
 figures: setup  ## measure the bundled model on 500 scenes that it has never seen
 	$(BIN)/python -m tests.demo_model.evaluate
+
+screenshot: setup  ## draw the README's picture of a report anew (needs `make browser`)
+	$(BIN)/python -m tests.report_figure
+
+browser:  ## install Chromium and its driver for the tests of reports (as root, by apt-get)
+	@command -v chromedriver >/dev/null || (apt-get -qq update \
+		&& apt-get -qq install -y --no-install-recommends chromium chromium-driver) >/dev/null 2>&1 \
+		|| echo "no chromedriver, and apt-get cannot install it here: tests that need it are skipped"
 
 docs: setup  ## write the option tables of docs/commands.md from the commands
 	$(BIN)/python -m tests.reference

@@ -19,6 +19,7 @@ FLOORS = (
     *(
         "inspection",
         "runs",
+        "report",
         "evaluation",
         "python_words",
         "python_values",
@@ -59,6 +60,7 @@ TORCHLESS = (
     *("cli.evaluating", "cli.features", "cli.starting", "methods.features"),
     *("cli.comparing", "methods.comparison"),
     *("evaluation.metrics", "evaluation.annotations", "evaluation.plot", "cli.app"),
+    *("report.sink", "report.page"),
 )
 LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FUNCTION = 400, 50, 10
 
@@ -138,7 +140,17 @@ def test_explaining_commands_need_no_inspection_and_no_evaluation() -> None:
         reached |= pending
         pending = {used for room in pending for used in _rooms_used(room)} - reached
     assert {"methods.relevance", "runs.pipeline", "cli.reporter"} <= reached
-    assert not {room for room in reached if _floor(room) in ("inspection", "evaluation", "report")}
+    assert not {room for room in reached if _floor(room) in ("inspection", "evaluation")}
+
+
+def test_report_is_imported_where_it_is_asked_for_alone() -> None:
+    """A run without a report loads nothing of it, nor does the program to find its commands."""
+    for room in ROOMS:
+        if _floor(room) not in ("report", "cli"):
+            assert not {used for used in _rooms_used(room) if _floor(used) == "report"}, room
+        if _floor(room) == "cli":
+            used = _rooms_used(room, lazy=False)
+            assert not {each for each in used if _floor(each) == "report"}, room
 
 
 @pytest.mark.parametrize("floor", [floor for floor in FLOORS if (PACKAGE / floor).is_dir()])

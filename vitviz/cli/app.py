@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -48,6 +49,7 @@ _EXAMPLES = {
         "vitviz similarity img.jpg --patch 3,5",
         "vitviz similarity img.jpg --patch 3,5 --to photos/ -m dinov2_small",
     ),
+    "report": ("vitviz report", "vitviz report maps/"),
     "evaluate": (
         "vitviz evaluate photos/",
         "vitviz evaluate photos/ --masks masks/ --methods relevance --csv scores.csv",
@@ -84,6 +86,7 @@ def build_app() -> typer.Typer:
     ):
         command = built.command(name, cls=_Command, help=drawn.help, epilog=_examples(name))
         command(with_options(run, method_parameters(drawn))(act))
+    built.command("report", cls=_Command, epilog=_examples("report"))(_report)
     evaluate = built.command("evaluate", cls=_Command, epilog=_examples("evaluate"))
     evaluate(with_options(EvaluationRun)(_evaluate))
     return built
@@ -130,6 +133,17 @@ def _explaining(method: type[Method]) -> Callable[..., None]:
         explain_images(run, method_from(method, values))
 
     return with_options(RunOptions, method_parameters(method))(command)
+
+
+def _report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The folder that maps were written to.")
+    ] = Path("vitviz-out"),
+) -> None:
+    """Write FOLDER/report.html, a page to look at all maps in a folder. Loads no model."""
+    from vitviz.cli.reporting import report_folder  # which the other commands need not know
+
+    report_folder(folder)
 
 
 def _evaluate(run: EvaluationRun) -> None:

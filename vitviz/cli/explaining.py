@@ -23,6 +23,7 @@ from vitviz.runs.shards import Shard
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.images.sources import Source
     from vitviz.models.model import Model
+    from vitviz.report.sink import Sink
     from vitviz.runs.pipeline import Item
 
 __all__ = ["Plan", "explain_images"]
@@ -58,15 +59,11 @@ def explain_images(
     job = _job(run, method)
     _require_previews(run, job.pictures)
     found = find(run)
-    sources = job.part_of(found.sources)
-    if job.shard and not run.quiet:
-        total = len(found.sources)
-        typer.echo(f"Shard {job.shard}: {len(sources):,} of {total:,} images", err=True)
-    if not sources:
-        raise typer.Exit
+    sources = _own_part(run, job, found.sources)
     refuse_cheap_mistakes(run, sources, method)
     if job.pictures.kinds:
         prepare_folder(run.output)
+    sink = _sink(run, method)
     reporter, model = load(run, found)
 
     from vitviz.runs import pipeline
@@ -76,16 +73,35 @@ def explain_images(
         try:
             warn = partial(reporter.say, style="yellow")
             made = plan(model, found.sources, job)
-            results = pipeline.run(model, found.sources, made.job, finish=made.finish, warn=warn)
+            results = pipeline.run(
+                *(model, found.sources, made.job),
+                finish=made.finish,
+                beside=sink.keep if sink else None,
+                warn=warn,
+            )
             shown = interruption.between(results)
             record = run_record(model.record, made.job)
+            shown = sink.watch(shown) if sink else shown
             where = made.job.destination
             reporter.show(shown, len(sources), record, where, previews=run.show)
+            if sink:
+                reporter.say(f"report: {sink.finish()}")
         except ImageError as error:  # the one that all others hang on
             complain(str(error), code=1)
         except OutputError as error:  # what went before is written: no reason to leave with 2
             complain(str(error), code=1)
     raise typer.Exit(int(reporter.failed))
+
+
+def _own_part(run: WritingRun, job: Job, sources: Sequence[Source]) -> Sequence[Source]:
+    """Return the images of this call; leave if there are none, as in the last of many shards."""
+    part = job.part_of(sources)
+    if job.shard and not run.quiet:
+        text = f"Shard {job.shard}: {len(part):,} of {len(sources):,} images"
+        typer.echo(text, err=True)
+    if not part:
+        raise typer.Exit
+    return part
 
 
 def _pictures(run: WritingRun) -> PictureOptions:
@@ -98,6 +114,15 @@ def _pictures(run: WritingRun) -> PictureOptions:
     if not isinstance(run, RunOptions):
         return pictures
     return replace(pictures, colormap=run.colormap, scale=run.scale, outliers=run.outliers)
+
+
+def _sink(run: WritingRun, method: Method) -> Sink | None:
+    """Make ready for a report, where one is asked for; raises ``OutputError``."""
+    if not run.report:
+        return None
+    from vitviz.report.sink import Sink  # which other runs need not know
+
+    return Sink(run.output, method.name)
 
 
 def _job(run: WritingRun, method: Method) -> Job:
@@ -138,4 +163,7 @@ def _kinds(run: WritingRun) -> tuple[OutputKind, ...]:
     if Saved.NONE in saved and len(saved) > 1:
         others = ", ".join(saved.keys() - {Saved.NONE})
         raise OptionError(f"--save none and {others} are both given; leave one out")
-    return tuple(OutputKind(each) for each in saved if each not in (Saved.TABLE, Saved.NONE))
+    kinds = tuple(OutputKind(each) for each in saved if each not in (Saved.TABLE, Saved.NONE))
+    if run.report and not kinds:
+        raise OptionError("--report is about files, and none is saved; add --save overlay")
+    return kinds

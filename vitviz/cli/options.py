@@ -219,6 +219,14 @@ class WritingRun(SharedOptions):
         bool,
         declare(PICTURES, "--show", help="Show the pictures on the terminal, too."),
     ] = False
+    report: Annotated[
+        bool,
+        declare(
+            PICTURES,
+            "--report",
+            help="Write report.html beside the maps, a page to look at all of them in a browser.",
+        ),
+    ] = False
     skip_existing: Annotated[
         bool,
         declare(

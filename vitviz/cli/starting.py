@@ -57,11 +57,11 @@ class Found:
 def find(run: SharedOptions) -> Found:
     """Find the images, and make sure that there are some."""
     from vitviz.images.sources import find_sources
-    from vitviz.runs.provenance import read_provenance
+    from vitviz.runs.provenance import is_own_jpeg, read_provenance
 
     def own(path: Path) -> bool:
         """Tell whether an image found on the way is a picture that vitviz made."""
-        return read_provenance(path) is not None
+        return read_provenance(path) is not None or is_own_jpeg(path)
 
     require_working_directory()
     arguments = list(_arguments(run.sources, "\0" if run.nul else "\n"))

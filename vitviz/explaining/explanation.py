@@ -264,12 +264,20 @@ class Explanation:
             values = others if others.size else values
         return limits(values, signed=self.method.is_signed, extent=self._extent)
 
+    @property
+    def color_range(self) -> tuple[float, float] | None:
+        """What is drawn coldest and hottest, in the unit of the method.
+
+        None for a map without heat, and for one of several heads, each of which has its own.
+        """
+        return self._extent if len(self.method.axes) > 2 else self._limits(self.relevance)
+
     def color_bar(self) -> ColorBar:
         """Say what its colours mean, in the unit of the method."""
         table, unit = self.pictures.table(self.method.colormap), self.method.unit.value
         if len(self.method.axes) > 2 and self._extent is None:
             return ColorBar(colormap=table, low="least", high="most", unit="of each head")
-        ends = self._limits(self.relevance)
+        ends = self.color_range
         if ends is None:
             return ColorBar(colormap=table, low="", high="", unit="no heat")
         low, high = _numbers(*ends)

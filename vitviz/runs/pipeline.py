@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from vitviz.errors import ImageError, OutputError
 from vitviz.explaining.batch import class_requests
+from vitviz.explaining.explanation import Explanation
 from vitviz.explaining.samples import (
     Explained,
     Failed,
@@ -48,6 +49,7 @@ def run(
     job: Job,
     *,
     finish: Callable[[Iterator[Item]], Iterator[Item]] = iter,
+    beside: Callable[[Writer, ImageSample, Sequence[Explanation]], None] | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Generator[Result, None, None]:
     """Explain images and write their maps, yielding one result an image in the order given.
@@ -59,6 +61,7 @@ def run(
         sources: The images; of these, all that the job's shard holds are explained.
         job: What to do with them.
         finish: What is done to each image that is explained before it is written.
+        beside: Is given each image and its maps once its files are written, in whatever thread.
         warn: Is told what the user should know while the work goes on.
 
     Raises:
@@ -72,10 +75,8 @@ def run(
     if job.fit is not Fit.NATIVE:  # there, each shape has a grid of its own
         job.method.require_grid(model.layout.grid)
     transform = input_transform(model, job.fit, job.value_range)
-    writer = Writer(model=model.record, job=job, requests=requests)
-    writer.refuse_overwriting(sources)
-    sources = job.part_of(sources)  # only now: no shard may overwrite what another one reads
-    sweep({job.output, *(path.parent for each in sources for path, _, _ in writer.files(each))})
+    writer = Writer(model=model.record, job=job, requests=requests, beside=beside)
+    sources = _own_part(writer, sources)
     batch_size = job.batch_size or images_at_once(model)
     rows = RowWriter(writer, sources) if job.records else None
     depth = 2 * batch_size  # how far each stage may be ahead: enough for the model to have a batch
@@ -91,6 +92,15 @@ def run(
         told = count_caveats(finish(explained), warn)
         written = map_ahead(pool, partial(_write, writer, rows), told, depth, drain=True)
         yield from _up_to_fatal_error(written)
+
+
+def _own_part(writer: Writer, sources: Sequence[Source]) -> Sequence[Source]:
+    """Return the images of this run, and make sure that their files can be written."""
+    job = writer.job
+    writer.refuse_overwriting(sources)
+    part = job.part_of(sources)  # only now: no shard may overwrite what another one reads
+    sweep({job.output, *(path.parent for each in part for path, _, _ in writer.files(each))})
+    return part
 
 
 def count_caveats(

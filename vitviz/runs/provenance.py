@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -15,10 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
+from vitviz.images.stores import is_url
 from vitviz.options import OutputKind, PictureFormat
 from vitviz.runs.picture_files import encoded, ends_whole, text_in
 
-__all__ = ["Provenance", "encode", "encode_picture", "is_whole", "read_provenance"]
+__all__ = [
+    "JPEG_MARK",
+    "Provenance",
+    "encode",
+    "encode_picture",
+    "is_own_jpeg",
+    "is_whole",
+    "read_provenance",
+    "source_id",
+]
+
+JPEG_MARK = b"vitviz"
+"""How the comment begins of the JPEGs beside a report, which are no images to explain."""
+
+_JPEG_START = 30  # start, JFIF's own segment of 18 and the mark of a comment, in bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +113,22 @@ def read_provenance(path: Path) -> Provenance | None:
     except Exception:  # a file of somebody else's may be anything
         return None
     return provenance if isinstance(provenance.recipe, dict) else None
+
+
+def source_id(name: str) -> str:
+    """Return the digest of an image's address or absolute path."""
+    absolute = os.fsencode(name if is_url(name) else Path(name).absolute())
+    return hashlib.sha256(absolute).hexdigest()[:16]
+
+
+def is_own_jpeg(path: Path) -> bool:
+    """Tell whether a file is a JPEG beside a report."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_JPEG_START)
+    except OSError:
+        return False
+    return start.startswith(b"\xff\xd8") and JPEG_MARK in start
 
 
 def is_whole(path: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,13 +19,12 @@ from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
 from vitviz.images.decoding import ImageFile
 from vitviz.images.samples import ImageSample
 from vitviz.images.sources import Source
-from vitviz.images.stores import is_url
 from vitviz.methods.method import ClassMethod, Method
 from vitviz.models.record import ModelRecord
 from vitviz.options import OutputKind, ValueRange
 from vitviz.runs.job import Job
 from vitviz.runs.names import output_path
-from vitviz.runs.provenance import Provenance, encode, is_whole, read_provenance
+from vitviz.runs.provenance import Provenance, encode, is_whole, read_provenance, source_id
 from vitviz.runs.writing import fatal_write_error, write_whole
 
 __all__ = ["Output", "Result", "Writer", "failure", "run_record"]
@@ -88,11 +87,13 @@ class Writer:
         model: What there is to know of the model.
         job: What to do with each image.
         requests: Names of the class requests; a single None for a class-agnostic method.
+        beside: Is given each image and its maps once its files are written.
     """
 
     model: ModelRecord
     job: Job
     requests: tuple[str | None, ...]
+    beside: Callable[[Writer, ImageSample, Sequence[Explanation]], None] | None = None
 
     def refuse_overwriting(self, sources: Sequence[Source]) -> None:
         """Make sure that no output is a source, by whatever name, nor that of another source."""
@@ -144,9 +145,11 @@ class Writer:
         try:
             for path, request, kind in self.files(source):
                 explanation = by_request[request]
-                provenance = self._provenance(sample, request, kind, explanation)
+                provenance = self.provenance(sample, request, kind, explanation)
                 write_whole(path, encode(explanation, kind, provenance), provenance)
                 outputs.append(_output(path, kind, provenance))
+            if self.beside is not None:
+                self.beside(self, sample, maps)
         except MemoryError as error:
             return replace(failure(source, error), outputs=tuple(outputs))
         except OutputError as error:
@@ -175,15 +178,14 @@ class Writer:
             predictions=found[0][2].predictions,
         )
 
-    def _provenance(
+    def provenance(
         self, sample: ImageSample, request: str | None, kind: OutputKind, explanation: Explanation
     ) -> Provenance:
-        name = sample.source.name
-        absolute = os.fsencode(name if is_url(name) else Path(name).absolute())
+        """Say what makes a file of an image."""
         return Provenance(
             recipe=self._recipe(sample.digest, request, kind),
             source=sample.source.name,
-            source_id=hashlib.sha256(absolute).hexdigest()[:16],
+            source_id=source_id(sample.source.name),
             class_index=explanation.class_index,
             class_label=explanation.class_label,
             versus_index=explanation.versus_index,

@@ -1,0 +1,1 @@
+"""The report: maps of a folder as one page for the browser; never explains an image."""
