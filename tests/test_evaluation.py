@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -119,12 +120,16 @@ def test_mask_as_a_map_beats_everything(monkeypatch: pytest.MonkeyPatch) -> None
             for name, of_map in found.measurements[0].cases[0].scores.items():
                 scores.setdefault(name, []).append(dict(of_map))
     assert len(scores["rollout"]) > 8
-    for metric in METRICS[:-1]:
+    for metric in METRICS:
+        if metric.name in ("specificity", "class_correlation"):  # one mask at a time, one map
+            continue
         best, *others = (
             np.mean([each[metric.name] for each in scores[name]]) * (-1 if metric.lower else 1)
             for name in ("rollout", "random", "centre", "evidence")
         )
-        rivals = others if metric.located else others[:2]  # the model's own view is its own
+        rivals = (
+            others if metric.table == "localisation" else others[:2]
+        )  # the model's own view is its own
         assert best > max(rivals), metric.name
     assert mean_of(scores["rollout"], "pointing") >= 0.9  # a patch is wider than a ring's line
     assert mean_of(scores["rollout"], "average_precision") > 0.8
@@ -314,7 +319,7 @@ def test_short_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ("gradcam",)}, "gradcam is unknown; choose among rollout"),
+        ({"methods": ("lime",)}, "lime is unknown; choose among rollout"),
         ({"methods": ("rollout@",)}, "rollout@ is unknown"),
         ({"methods": ("rollout@0",)}, "--refine is 0"),
         ({"seed": -1}, "--seed is -1"),
@@ -388,7 +393,7 @@ def test_table_names_methods_metrics_and_conventions(shell: Shell, tiny: list[st
 def test_table_of_one_image_has_means_and_no_intervals(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path("p"), ["a.png"])
     text = shell("evaluate", "p", *tiny).out.decode()
-    scores = text[text.index("random") : text.index("* better")]
+    scores = text[text.index("random") : text.index("Class sensitivity")]
     assert scores.count("rollout") == 2
     assert scores.count(".") > 20
     assert not {"–", "?"} & set(scores)
@@ -549,7 +554,7 @@ def test_true_classes_come_from_a_file(shell: Shell, tiny: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "gradcam"], "gradcam is unknown"),
+        (["--methods", "lime"], "lime is unknown"),
         (["--masks", "gone"], "gone is no folder"),
         (["--masks", "p/q"], "no PNG of the name"),
         (["--truth", "gone"], "cannot be read"),
@@ -600,6 +605,91 @@ def test_interval_marks_are_those_of_the_differences() -> None:
             ]
             assert summary.better is all(beaten)
     assert found.methods[2].summaries["deletion"].better
+
+
+def test_table_warns_of_what_its_marks_do_not_tell(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
+    text = shell("evaluate", "p", *tiny).out.decode()
+    assert "not corrected for how many comparisons" in text
+    assert "the blob in the" not in text
+    Path("m").mkdir()
+    mask = np.zeros((48, 64), dtype=np.uint8)
+    mask[:, 32:] = 1
+    Image.fromarray(mask).save("m/a.png")
+    with_masks = shell("evaluate", "p", "--masks", "m", *tiny).out.decode()
+    assert "centre alone points well" in with_masks
+    assert max(map(len, with_masks.splitlines())) <= 80
+
+
+# How much maps hang on the class
+
+
+def by_hand_correlation(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """Correlate ranks in float64, each counted by comparing a cell with all others."""
+    ranks = []
+    for each in (one.astype(float).ravel(), other.astype(float).ravel()):
+        below = (each[:, None] > each).sum(axis=1)
+        ranks.append(below + ((each[:, None] == each).sum(axis=1) + 1) / 2)
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+@pytest.mark.parametrize("target", ["top1", 2])
+def test_class_sensitivity_compares_with_the_best_of_the_other_classes(target: str | int) -> None:
+    model, images = tiny_model(), pictures(4)
+    methods = ["rollout", "grad-rollout", "evidence", "evidence@2"]
+    found = vitviz.evaluate(model, images, methods=methods, target=target)
+    for image, measurement in zip(images, found.measurements, strict=True):
+        (case,) = measurement.cases
+        (best, second) = (
+            each.class_index for each in vitviz.evidence(model, [image])[0].predictions[:2]
+        )
+        assert case.class_index == (best if target == "top1" else target)
+        rival = second if case.class_index == best else best
+        pairs = {
+            "grad-rollout": vitviz.grad_rollout(model, [image], classes=[case.class_index, rival]),
+            "evidence": vitviz.evidence(model, [image], classes=[case.class_index, rival]),
+            "evidence@2": vitviz.evidence(
+                model, [image], classes=[case.class_index, rival], refine=2
+            ),
+        }
+        for name, (own, other) in pairs.items():
+            expected = by_hand_correlation(own.relevance, other.relevance)
+            assert case.scores[name]["class_correlation"] == pytest.approx(expected, abs=0.02)
+        for name in ("random", "centre", "rollout"):
+            assert "class_correlation" not in case.scores[name]
+    assert found.metrics[-1].name == "class_correlation"
+    assert found.methods[-1].summaries["class_correlation"].images == 4
+
+
+def test_class_sensitivity_is_left_out_where_there_is_no_other_class() -> None:
+    pair = vitviz.evaluate(tiny_model(), pictures(2), methods=["evidence"], target=1, versus=2)
+    single = load_model(tiny_module(classes=1), device="cpu")
+    alone = vitviz.evaluate(single, pictures(2), methods=["evidence"])
+    for found in (pair, alone):
+        assert "class_correlation" not in found.methods[-1].summaries
+        assert "correlation" not in found.explanations
+
+
+def test_map_of_nothing_has_no_class_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explaining, "explain_batch", showing(np.zeros((1, 1))))
+    as_rollout = {"rollout": named_method("evidence").method}
+    monkeypatch.setattr("test_evaluation.variants", lambda: as_rollout)
+    found = vitviz.evaluate(tiny_model(), pictures(2), methods=["evidence"])
+    assert not found.failed
+    assert "class_correlation" not in found.methods[-1].summaries
+
+
+def test_table_of_class_sensitivity_lists_methods_that_explain_a_class(
+    shell: Shell, tiny: list[str]
+) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
+    text = shell("evaluate", "p", *tiny).out.decode()
+    table = text[text.index("Class sensitivity") : text.index("* better")]
+    assert "grad-rollout" in table
+    assert "correlation" in table
+    assert not {"random", "centre"} & set(table.split())
+    assert not re.search(r"^rollout", table, re.MULTILINE)
+    assert "the lower, the more a method is sensitive" in " ".join(text.split())
 
 
 def test_native_shapes_go_with_masks_of_any_size(tmp_path: Path) -> None:
@@ -810,7 +900,7 @@ def test_what_was_measured_before_an_interruption_is_told(
 
     def explain(model: Model, images: Tensor, *others: Any, **more: Any) -> BatchMaps:
         runs.append(len(images))
-        if len(runs) > 4:  # two methods, each twice
+        if len(runs) > 5:  # two methods, each twice, and one of them for another class
             raise SystemExit(130)
         return explain_batch(model, images, *others, **more)
 

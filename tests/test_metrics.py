@@ -17,6 +17,7 @@ from vitviz.evaluation.metrics import (
     bootstrap,
     energy_inside,
     pointing_game,
+    rank_correlation,
     specificity,
 )
 
@@ -34,6 +35,40 @@ def drawn(case: tuple[int, int, int]) -> tuple[NDArray[np.float64], NDArray[np.b
     mask = generator.random((rows, cols)) < 0.4
     mask.flat[:2] = (True, False)
     return generator.integers(-3, 4, (rows, cols)).astype(float), mask
+
+
+# Ranks
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([[1.0, 2], [3, 4]], [[-9.0, 0], [0.5, 7]], 1.0),
+        ([[1.0, 2], [3, 4]], [[4.0, 3], [2, 1]], -1.0),
+        # Ranks 1 2 3 4 5 and 2 1 4 3 5: 1 - 6 * 4 / (5 * 24).
+        ([[1.0, 2, 3, 4, 5]], [[20.0, 10, 40, 30, 50]], 0.8),
+        # Ranks 1.5 1.5 3 4 and 1 2 3 4: 4.5 / sqrt(4.5 * 5).
+        ([[7.0, 7, 8, 9]], [[1.0, 2, 3, 4]], 4.5 / np.sqrt(22.5)),
+    ],
+)
+def test_rank_correlation_is_the_hand_made_number(
+    one: list[list[float]], other: list[list[float]], expected: float
+) -> None:
+    assert rank_correlation(np.array(one), np.array(other)) == pytest.approx(expected)
+    assert rank_correlation(np.array(other), np.array(one)) == pytest.approx(expected)
+
+
+def test_constant_map_has_no_rank_correlation() -> None:
+    assert np.isnan(rank_correlation(np.ones((2, 2)), MAP))
+
+
+@given(case=maps)
+def test_rank_correlation_looks_at_the_order_alone(case: tuple[int, int, int]) -> None:
+    one, mask = drawn(case)
+    other = one + mask
+    expected = rank_correlation(one, other)
+    for changed in (np.exp(other), 3 * other - 8):
+        np.testing.assert_allclose(rank_correlation(one, changed), expected)
 
 
 # Areas

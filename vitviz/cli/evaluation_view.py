@@ -17,8 +17,16 @@ from vitviz.evaluation.summary import Evaluation, MethodSummary, Metric
 __all__ = ["show_evaluation"]
 
 
+_NOTES = """\
+* better than both baselines: no 0 in the 95 % intervals of the differences
+This is not corrected for how many comparisons are made."""
+_CENTRED = """\
+Where objects stand in the middle, as on most photographs, the blob in the
+centre alone points well and has a high precision: compare with its row."""
+
+
 def show_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Print methods side by side: how faithful, how well located, and what the numbers mean.
+    """Print methods side by side: how faithful, how well located, how sensitive to the class.
 
     Args:
         evaluation: What was measured.
@@ -26,14 +34,20 @@ def show_evaluation(evaluation: Evaluation, console: Console) -> None:
     """
     title = f"{evaluation.settings['model']}, {_images(evaluation.images)}"
     console.print(Text(printable(title), "bold"), soft_wrap=True)
-    groups = {False: "Faithfulness", True: f"Localisation, {_images(evaluation.masked)} with masks"}
-    for located, heading in groups.items():
-        metrics = [metric for metric in evaluation.metrics if metric.located is located]
+    headings = {
+        "faithfulness": "Faithfulness",
+        "localisation": f"Localisation, {_images(evaluation.masked)} with masks",
+        "classes": "Class sensitivity",
+    }
+    for table, heading in headings.items():
+        metrics = [metric for metric in evaluation.metrics if metric.table == table]
         if metrics:
+            methods = [each for each in evaluation.methods if metrics[0].name in each.summaries]
             console.print()
             console.print(Text(heading, "bold cyan"))
-            console.print(_score_table(evaluation.methods, metrics, with_cost=not located))
-    console.print("* better than both baselines: no 0 in the 95 % intervals of the differences")
+            console.print(_score_table(methods, metrics, with_cost=table == "faithfulness"))
+    for note in (_NOTES, _CENTRED) if evaluation.masked else (_NOTES,):
+        console.print(note)
     console.print()
     convention = {"convention": evaluation.convention.value}
     show_rows(console, [*convention.items(), *evaluation.explanations.items()], indent=0, width=13)
@@ -59,7 +73,9 @@ def _score_table(
 
 def _score(method: MethodSummary, metric: Metric) -> Text:
     """Write a mean, and its interval beneath; a single image has none."""
-    summary = method.summaries[metric.name]
+    summary = method.summaries.get(metric.name)
+    if summary is None:  # what other methods' maps have, as a class to point at
+        return Text()
     ends = (summary.interval.low, summary.interval.high)
     interval = "" if math.isnan(ends[0]) else "–".join(_decimals(end, 2) for end in ends)
     marked = summary.better and not method.is_baseline

@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitviz.errors import LabelError, OptionError, VitvizError, reason
 from vitviz.evaluation.baselines import BASELINES
@@ -169,9 +170,9 @@ class _Measuring:
         )
         self._names = method_names(model, options)
         self._perturbation = PERTURBATIONS[options.convention]
-        methods = _methods(model, options)
-        self._explainers = {name: Explainer(model, each) for name, each in methods.items()}
-        finest = max(method.refine for method in methods.values())
+        self._methods = _methods(model, options)
+        self._explainers = {name: Explainer(model, each) for name, each in self._methods.items()}
+        finest = max(method.refine for method in self._methods.values())
         copies = max(2 * len(self._perturbation.shares), finest**2)
         self._batches = AdaptiveBatches(size, warn, copies=copies)
 
@@ -188,6 +189,7 @@ class _Measuring:
     def _measure_at_once(self, tasks: list[Task]) -> list[ModelOutput | Failure]:
         batch = self._untouched(tasks)
         maps, costs = self._explain(batch, tasks)
+        rivals = self._explain_rivals(batch, tasks)
         curves = {}
         for name, each in maps.items():
             curves[name] = measure_curves(
@@ -195,7 +197,7 @@ class _Measuring:
             )
             self._tell_half_a_method(tasks)
         return [
-            self._model_output(row, task, batch, maps, curves, costs)
+            self._model_output(row, task, batch, maps, rivals, curves, costs)
             for row, task in enumerate(tasks)
         ]
 
@@ -243,6 +245,19 @@ class _Measuring:
         maps = {name: relevance for name, (relevance, _) in timed.items()}
         return maps, {name: seconds / plain for name, (_, seconds) in timed.items()}
 
+    def _explain_rivals(self, batch: Untouched, tasks: list[Task]) -> dict[str, Tensor]:
+        """Return the maps of methods that explain a class for the best of the other classes."""
+        if batch.versus is not None or batch.logits.shape[1] < 2:
+            return {}
+        own = F.one_hot(batch.classes, batch.logits.shape[1]).bool()
+        others = batch.logits.masked_fill(own, -torch.inf).argmax(dim=1).tolist()
+        samples = [task.sample for task in tasks]
+        return {
+            name: _stacked(self._explainers[name].explain(samples, others, at_once=self.batch_size))
+            for name, method in self._methods.items()
+            if method.explains_class
+        }
+
     def _tell_half_a_method(self, tasks: list[Task]) -> None:
         """Tell that a method's maps of a batch are made, or its curves."""
         self._advance(sum(task.share for task in tasks) / (2 * len(self._names)))
@@ -261,6 +276,7 @@ class _Measuring:
         task: Task,
         batch: Untouched,
         maps: Mapping[str, Tensor],
+        rivals: Mapping[str, Tensor],
         curves: Mapping[str, list[Curves]],
         costs: Mapping[str, float],
     ) -> ModelOutput | Failure:
@@ -281,6 +297,7 @@ class _Measuring:
             class_index=int(batch.classes[row]),
             versus_index=versus,
             relevance={name: each[row] for name, each in maps.items()},
+            rivals={name: each[row] for name, each in rivals.items()},
             curves={name: each[row] for name, each in curves.items()},
             costs=costs,
         )

@@ -20,6 +20,7 @@ __all__ = [
     "bootstrap",
     "energy_inside",
     "pointing_game",
+    "rank_correlation",
     "specificity",
 ]
 
@@ -84,6 +85,27 @@ def specificity(relevance: Floats, asked: Mask, objects: Mask) -> float:
         objects: (height, width), true on all objects.
     """
     return energy_inside(relevance, asked, within=objects)
+
+
+def rank_correlation(one: Floats, other: Floats) -> float:
+    """Return Spearman's rank correlation of two maps, in [-1, 1]; NaN if one is constant.
+
+    The correlation of the cells' ranks, equal cells having the mean of theirs (Spearman 1904).
+
+    Args:
+        one: (rows, cols).
+        other: The same.
+    """
+    ranks = np.stack([_ranks(one), _ranks(other)])
+    centred = ranks - ranks.mean(axis=1, keepdims=True)
+    norms = np.sqrt((centred**2).sum(axis=1))
+    return float(centred[0] @ centred[1] / norms.prod()) if norms.all() else np.nan
+
+
+def _ranks(values: Floats) -> Floats:
+    """Rank values from 1 up; equal ones get the mean of the ranks that they take together."""
+    _, place, counts = np.unique(values.ravel(), return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place.ravel()])
 
 
 def average_precision(relevance: Floats, mask: Mask) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from vitviz.evaluation.metrics import (
     best_miou,
     energy_inside,
     pointing_game,
+    rank_correlation,
     specificity,
 )
 from vitviz.evaluation.perturbation import Curves, Perturbation, upsample
@@ -49,12 +51,23 @@ class ClassScores:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelOutput:
-    """What the model gave of a task; relevance (rows, cols) by method."""
+    """What the model gave of a task.
+
+    Attributes:
+        task: The task.
+        class_index: The class explained.
+        versus_index: The class that it is compared with, if any.
+        relevance: (rows, cols) by method.
+        rivals: The same for the best of the other classes, of methods that explain a class.
+        curves: By method.
+        costs: By method.
+    """
 
     task: Task
     class_index: int
     versus_index: int | None
     relevance: Mapping[str, Tensor]
+    rivals: Mapping[str, Tensor]
     curves: Mapping[str, Curves]
     costs: Mapping[str, float]
 
@@ -79,6 +92,7 @@ def locate(
             name: {
                 **_faithfulness(item.curves[name], perturbation),
                 **_localisation(model, item.task, relevance),
+                **_class_sensitivity(relevance, item.rivals.get(name)),
             }
             for name, relevance in item.relevance.items()
         },
@@ -121,6 +135,14 @@ def _localisation(model: Model, task: Task, relevance: Tensor) -> dict[str, floa
     if task.objects is not None:
         scores["specificity"] = specificity(pixels, task.asked, task.objects)
     return scores
+
+
+def _class_sensitivity(relevance: Tensor, rival: Tensor | None) -> dict[str, float]:
+    """Compare a map with that of another class; a map of nothing says nothing."""
+    if rival is None or not rival.isfinite().all():
+        return {}
+    correlation = rank_correlation(relevance.numpy(), rival.numpy())
+    return {} if math.isnan(correlation) else {"class_correlation": correlation}
 
 
 def failed(task: Task, error: str) -> Failure:

@@ -7,17 +7,18 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitviz.evaluation.baselines import BASELINES, CENTRE_SIGMA
+from vitviz.evaluation.baselines import BASELINES
 from vitviz.evaluation.measuring import ImageScores, method_names
 from vitviz.evaluation.metrics import Bootstrap, Interval, bootstrap
 from vitviz.evaluation.options import EvaluationOptions
-from vitviz.evaluation.perturbation import PERTURBATIONS, score_name
+from vitviz.evaluation.perturbation import PERTURBATIONS
 from vitviz.evaluation.scores import ClassScores
+from vitviz.evaluation.wording import explain_numbers
 from vitviz.methods.table import named_method
 from vitviz.models.model import Model
 from vitviz.models.record import versions
@@ -34,13 +35,13 @@ class Metric:
         name: In records.
         title: In tables.
         lower: Whether lower is better.
-        located: Whether it takes a mask.
+        table: Which table it stands in.
     """
 
     name: str
     title: str
     lower: bool = False
-    located: bool = False
+    table: Literal["faithfulness", "localisation", "classes"] = "faithfulness"
 
 
 METRICS = (
@@ -49,11 +50,12 @@ METRICS = (
     Metric(name="difference", title="difference"),
     Metric(name="positive", title="positive", lower=True),
     Metric(name="negative", title="negative"),
-    Metric(name="pointing", title="pointing", located=True),
-    Metric(name="energy", title="energy", located=True),
-    Metric(name="average_precision", title="precision", located=True),
-    Metric(name="best_miou", title="best mIoU", located=True),
-    Metric(name="specificity", title="specificity", located=True),
+    Metric(name="pointing", title="pointing", table="localisation"),
+    Metric(name="energy", title="energy", table="localisation"),
+    Metric(name="average_precision", title="precision", table="localisation"),
+    Metric(name="best_miou", title="best mIoU", table="localisation"),
+    Metric(name="specificity", title="specificity", table="localisation"),
+    Metric(name="class_correlation", title="correlation", lower=True, table="classes"),
 )
 """What is measured, in order."""
 
@@ -62,22 +64,6 @@ CSV_HEADER = ",".join([*_COLUMNS, *(metric.name for metric in METRICS)])
 """First line of every table of numbers, by which vitviz knows its own."""
 
 _ORDERS = ("most_relevant_first", "least_relevant_first")
-_TARGETS = {
-    "top1": "the one predicted for the untouched image",
-    "truth": "the true class",
-    "mask": "each class that the image's mask names",
-}
-_LOCATED = {
-    "pointing": "whether the hottest pixel lies on the object; maps are compared with masks on the "
-    "pixels that the model sees, bilinearly interpolated",
-    "energy": "share of the positive relevance on the object",
-    "precision": "average precision of the pixels, ties together",
-    "best mIoU": "mean of the object's and the background's IoU at each image's best threshold",
-}
-_SPECIFICITY = {
-    "specificity": "share of the positive relevance on all objects that is on the one asked for, "
-    "in images of several"
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,12 +227,17 @@ def summarize(
         for column, name in enumerate(names):
             values[row, column] = [case.scores[name].get(each.name, np.nan) for each in METRICS]
     drawn = bootstrap(values, images, resamples=options.resamples, seed=options.seed)
-    counts = [len(np.unique(np.array(images)[known])) for known in np.isfinite(values[:, 0].T)]
+    of_image = np.array(images)
+    counts = [
+        [len(np.unique(of_image[known])) for known in of_method.T]
+        for of_method in np.isfinite(values).transpose(1, 0, 2)
+    ]
     return Evaluation(
         convention=options.convention,
-        explanations=_explanations(model, options, cases),
+        explanations=explain_numbers(model, options, cases),
         methods=tuple(
-            _method_summary(name, cases, _summaries(name, names, drawn, counts)) for name in names
+            _method_summary(name, cases, _summaries(name, names, drawn, of_metrics))
+            for name, of_metrics in zip(names, counts, strict=True)
         ),
         measurements=tuple(measurements),
         settings=_settings(model, options),
@@ -262,7 +253,14 @@ def _require_known(scores: Set[str]) -> None:
 def _summaries(
     name: str, names: Sequence[str], drawn: Bootstrap, counts: Sequence[int]
 ) -> dict[str, Summary]:
-    """Summarise the metrics of a method, those that there are."""
+    """Summarise the metrics of a method, those that there are.
+
+    Args:
+        name: The method.
+        names: All of them.
+        drawn: Of (methods, metrics).
+        counts: How many images have each metric.
+    """
     row, baselines = names.index(name), [each for each in BASELINES if each != name]
     summaries = {}
     for column, (metric, images) in enumerate(zip(METRICS, counts, strict=True)):
@@ -328,38 +326,6 @@ def _settings(model: Model, options: EvaluationOptions) -> dict[str, Any]:
             "seed": options.seed,
             "bootstrap": options.resamples,
         },
-    }
-
-
-def _explanations(
-    model: Model, options: EvaluationOptions, cases: Sequence[ClassScores]
-) -> dict[str, str]:
-    """Say in words what each number means."""
-    perturbation = PERTURBATIONS[options.convention]
-    right = "true class" if any(case.truth is not None for case in cases) else "class explained"
-    accuracy = f"top-1 accuracy, the {right} being right"
-    if options.versus is not None:
-        accuracy = "share of images whose class explained has the higher logit of the two"
-    known = {name for case in cases for scores in case.scores.values() for name in scores}
-    return {
-        "class": _TARGETS.get(options.target, f"{options.target}, in every image")
-        + ("" if options.versus is None else f"; compared with {options.versus}"),
-        "removed": perturbation.describe(),
-        "deletion": f"{score_name(model.score_kind, options.versus)}, the most relevant "
-        f"going first; area by {perturbation.describe_area()}",
-        "insertion": "the same, the least relevant going first (read backwards: the most relevant "
-        "coming first)",
-        "difference": "insertion less deletion",
-        "positive": f"{accuracy}, in the order of deletion",
-        "negative": "the same in the order of insertion",
-        **(_LOCATED if "pointing" in known else {}),
-        **(_SPECIFICITY if "specificity" in known else {}),
-        "cost": "time of the maps over that of a plain forward pass, each the faster of two runs "
-        "on the same batch; median of the batches",
-        "random": f"uniform noise on the model's grid, seed {options.seed}",
-        "centre": f"a Gaussian at the middle, σ = {CENTRE_SIGMA:g} of each side",
-        "intervals": f"95 %, of {options.resamples:,} bootstrap samples of the images, the same "
-        f"for all methods, seed {options.seed}",
     }
 
 
