@@ -257,7 +257,7 @@ def test_truth_is_what_counts_as_right() -> None:
     mistaken = vitviz.evaluate(model, images, truth=wrong, **options)
     for method, before in zip(mistaken.methods, plain.methods, strict=True):
         assert method.accuracy[:, 0].tolist() == [0, 0]
-        assert np.array_equal(method.probability, before.probability)  # maps explain as before
+        assert np.array_equal(method.score, before.score)  # maps explain as before
     asked = vitviz.evaluate(model, images, truth=wrong, target="truth", **options)
     assert [each.cases[0].class_index for each in asked.measurements] == wrong
     assert "true class" in asked.explanations["positive"]
@@ -592,6 +592,27 @@ def test_conventions_differ(shell: Shell, tiny: list[str]) -> None:
     )
 
 
+def test_symmetric_relevance_gain_is_told_by_its_names(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path("p"), ["a.png", "b.png"])
+    words = ["evaluate", "p", "--convention", "srg", *tiny]
+    text = shell(*words).out.decode()
+    document = shell(*words, "--json").records[0]
+    header = text[text.index("Faithfulness") :].splitlines()[1].split()
+    assert header == ["method", "MIF", "LIF", "SRG", "positive", "negative", "cost"]
+    assert "deletion" not in text
+    rollout = document["methods"]["rollout"]
+    curves = rollout["curves"]["logit"]
+    most, least = (
+        np.array(curves[order]) for order in ("most_relevant_first", "least_relevant_first")
+    )
+    assert len(most) == len(least) == 11
+    assert most[[0, -1]].tolist() == least[[0, -1]].tolist()  # the whole image, and nothing of it
+    gain = float(np.sum((least - most)[1:-1])) / 10
+    assert rollout["metrics"]["difference"]["mean"] == pytest.approx(gain, abs=1e-5)
+    assert document["convention"]["in_words"]["SRG"] == "LIF less MIF"
+    assert shell(*words, "--plot", "c.png").code == 0
+
+
 def test_interval_marks_are_those_of_the_differences() -> None:
     found = vitviz.evaluate(demo(), sorted(SCENES.glob("*.png"))[:5], methods=["evidence"])
     for method in found.methods:
@@ -809,7 +830,7 @@ def test_plot_shows_the_curves_of_each_method_and_their_numbers(
         ]
         assert [line.get_label() for line in axes.lines] == names
         for line, method in zip(axes.lines, found.methods, strict=True):
-            y = method.probability[0] if axes is deletion else method.probability[1][::-1]
+            y = method.score[0] if axes is deletion else method.score[1][::-1]
             np.testing.assert_allclose(line.get_xdata(), x)
             np.testing.assert_allclose(line.get_ydata(), y)
             assert max(y) <= axes.get_ylim()[1]

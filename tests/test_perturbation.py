@@ -105,15 +105,54 @@ def sigmoid(values: list[float]) -> pytest.approx:
 def test_curves_of_a_linear_model_are_those_made_by_hand() -> None:
     """Weights from the highest: 5 4 3 2 1 .5 -1 -2 -3 -4; their sum is 5.5."""
     (curves,) = curves_of(WEIGHTS[None])
-    assert curves.probability[0] == sigmoid([0.5, -9.5, -4.0])  # without 5; the best 5; all but -4
-    assert curves.probability[1] == sigmoid([9.5, 15.0, 5.0])  # without -4; the best 5; 5 alone
+    assert curves.score[0] == sigmoid([0.5, -9.5, -4.0])  # without 5; the best 5; all but -4
+    assert curves.score[1] == sigmoid([9.5, 15.0, 5.0])  # without -4; the best 5; 5 alone
     assert curves.accuracy[0].tolist() == [0, 0, 0]  # the other class has logit 1
     assert curves.accuracy[1].tolist() == [1, 1, 1]
 
 
+def test_symmetric_relevance_gain_is_the_one_made_by_hand() -> None:
+    """Of ten parts, each step takes one; in float64, part by part."""
+    convention = PERTURBATIONS[Convention.SRG]
+    (curves,) = curves_of(WEIGHTS[None], convention)
+    ranked = sorted(WEIGHTS.flatten().tolist(), reverse=True)
+    most = [sum(ranked[removed:]) for removed in range(11)]
+    least = [sum(ranked[: 10 - removed]) for removed in range(11)]
+    assert most == [5.5, 0.5, -3.5, -6.5, -8.5, -9.5, -10, -9, -7, -4, 0]
+    assert curves.score.tolist() == [pytest.approx(most), pytest.approx(least)]
+    gain = sum(
+        (least[step] - most[step] + least[step + 1] - most[step + 1]) / 2 / 10 for step in range(10)
+    )
+    mif, lif = convention.area(curves.score)
+    assert lif - mif == pytest.approx(gain) == pytest.approx(16.45)
+
+
+def test_symmetric_relevance_gain_fills_with_the_mean_colour_and_patches_alone() -> None:
+    convention = PERTURBATIONS[Convention.SRG]
+    assert convention.color(linear_model().preprocessing).tolist() == [0, 0, 0]
+    assert convention.unit == "patches"
+    assert convention.shares == pytest.approx([step / 10 for step in range(11)])
+
+
+def test_symmetric_relevance_gain_of_two_classes_is_of_the_difference_of_their_logits() -> None:
+    model, images = linear_model(), torch.ones(1, 3, 8, 20)
+    batch = Untouched(
+        images=images,
+        logits=model.module(images).detach(),
+        classes=torch.tensor([0]),
+        targets=torch.tensor([0]),
+        ties=torch.arange(10.0).view(1, *GRID),
+        versus=torch.tensor([1]),
+    )
+    convention = PERTURBATIONS[Convention.SRG]
+    (pair,) = measure_curves(model, batch, WEIGHTS[None], convention, 4)
+    (alone,) = curves_of(WEIGHTS[None], convention)
+    assert pair.score == pytest.approx(alone.score - 1)  # the other logit is 1
+
+
 def test_right_class_may_be_another_than_the_one_explained() -> None:
     (curves,) = curves_of(WEIGHTS[None], target=1)
-    assert curves.probability[0] == sigmoid([0.5, -9.5, -4.0])
+    assert curves.score[0] == sigmoid([0.5, -9.5, -4.0])
     assert curves.accuracy.tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
@@ -121,25 +160,23 @@ def test_weights_themselves_are_the_best_map_there_is() -> None:
     generator = torch.Generator().manual_seed(0)
     others = torch.randn(60, *GRID, generator=generator)
     best, *rest = curves_of(torch.cat([WEIGHTS[None], others]))
-    areas = [PATCHES.area(each.probability) for each in rest]
-    deletion, insertion = PATCHES.area(best.probability)
+    areas = [PATCHES.area(each.score) for each in rest]
+    deletion, insertion = PATCHES.area(best.score)
     assert all(deletion <= area[0] and insertion >= area[1] for area in areas)
 
 
 def test_order_alone_matters() -> None:
     one, other = curves_of(torch.stack([WEIGHTS, torch.exp(WEIGHTS) - 9]))
-    assert np.array_equal(one.probability, other.probability)
+    assert np.array_equal(one.score, other.score)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_batches_do_not_change_curves(batch_size: int) -> None:
     relevance = torch.randn(5, *GRID, generator=torch.Generator().manual_seed(1))
     images = torch.rand(5, 3, 8, 20, generator=torch.Generator().manual_seed(2))
-    alone = [
-        curves_of(relevance[i : i + 1], images=images[i : i + 1])[0].probability for i in range(5)
-    ]
+    alone = [curves_of(relevance[i : i + 1], images=images[i : i + 1])[0].score for i in range(5)]
     together = curves_of(relevance, images=images, batch_size=batch_size)
-    assert np.allclose(alone, [each.probability for each in together], atol=1e-6)
+    assert np.allclose(alone, [each.score for each in together], atol=1e-6)
 
 
 def test_images_are_left_as_they_are() -> None:
@@ -154,7 +191,7 @@ def test_map_that_is_the_same_everywhere_scores_as_the_one_that_ties_go_by() -> 
     for perturbation in PERTURBATIONS.values():
         (flat,) = curves_of(torch.full((1, *GRID), 2.0), perturbation, ties=ties)
         (random,) = curves_of(ties, perturbation, ties=ties)
-        assert np.array_equal(flat.probability, random.probability)
+        assert np.array_equal(flat.score, random.score)
 
 
 def test_ties_are_broken_among_equals_only() -> None:
@@ -167,20 +204,20 @@ def test_black_is_zero_before_normalisation() -> None:
     """Red 0 is -2 after normalisation here, so a removed weight counts -2 times."""
     black = replace(PATCHES, shares=(0.1,), fill="black")
     (curves,) = curves_of(WEIGHTS[None], black)
-    assert curves.probability[0] == sigmoid([5.5 - 5 - 2 * 5])
+    assert curves.score[0] == sigmoid([5.5 - 5 - 2 * 5])
 
 
 def test_untouched_image_may_be_the_curve_s_first_point() -> None:
     (curves,) = curves_of(WEIGHTS[None], replace(PATCHES, shares=(0.0, 0.5)))
-    assert curves.probability[0] == sigmoid([5.5, -9.5])
-    assert curves.probability[1] == sigmoid([5.5, 15.0])
+    assert curves.score[0] == sigmoid([5.5, -9.5])
+    assert curves.score[1] == sigmoid([5.5, 15.0])
 
 
 def test_finer_map_is_averaged_over_each_patch() -> None:
     fine = WEIGHTS.repeat_interleave(3, 0).repeat_interleave(3, 1)
     fine = fine + torch.tensor([[-9.0, 0.0, 9.0]]).repeat(6, 5)  # evens out in each patch
     (finer,), (plain,) = curves_of(fine[None]), curves_of(WEIGHTS[None])
-    assert np.array_equal(finer.probability, plain.probability)
+    assert np.array_equal(finer.score, plain.score)
 
 
 def test_pixels_go_by_the_interpolated_map() -> None:
@@ -193,7 +230,7 @@ def test_pixels_go_by_the_interpolated_map() -> None:
     cells = nn.functional.avg_pool2d((~gone)[None].float(), PATCH)
     (curves,) = curves_of(peak, replace(PATCHES, shares=(0.1,), unit="pixels"), images=images)
     assert int(gone.sum()) == 16
-    assert curves.probability[0] == sigmoid([float((cells[0] * WEIGHTS).sum())])
+    assert curves.score[0] == sigmoid([float((cells[0] * WEIGHTS).sum())])
 
 
 def test_pixels_that_no_token_sees_stay() -> None:

@@ -36,8 +36,8 @@ def test_score_is_a_sigmoid_and_that_is_said(single: Model) -> None:
 
 def test_evaluation_tells_methods_apart(single: Model) -> None:
     curves = vitviz.evaluate(single, _images(6), methods=["rollout"], resamples=20).methods
-    assert len({each.probability.tobytes() for each in curves}) == len(curves)
-    assert all(each.probability.std() > 0 for each in curves)
+    assert len({each.score.tobytes() for each in curves}) == len(curves)
+    assert all(each.score.std() > 0 for each in curves)
     assert any(each.accuracy.min() < 1 for each in curves)
 
 

@@ -439,8 +439,8 @@ def test_evaluation_measures_the_two_alone() -> None:
         assert (case.class_index, case.versus_index) == (2, 0)
         y = vitviz.evidence(model, [picture], target=margin)[0].class_score
         curves = case.curves["evidence"]
-        assert curves.probability[:, 0] == pytest.approx(1 / (1 + np.exp(-y)), abs=1e-5)
-        np.testing.assert_array_equal(curves.accuracy, curves.probability > 0.5)
+        assert curves.score[:, 0] == pytest.approx(1 / (1 + np.exp(-y)), abs=1e-5)
+        np.testing.assert_array_equal(curves.accuracy, curves.score > 0.5)
     record = made.to_dict()
     assert record["options"]["versus"] == "0"
     assert record["cases"][0]["versus_index"] == 0

@@ -352,7 +352,7 @@ def evaluate(
         target: Class explained: an index, a label, ``top1``, ``truth`` or ``mask`` (values - 1).
         versus: Class that it is compared with: an index, a label, or ``topK``.
         truth: The true class of each image.
-        convention: ``vitviz`` or ``chefer2021``; see ``perturbation.PERTURBATIONS``.
+        convention: ``vitviz``, ``chefer2021`` or ``srg``; see ``perturbation.PERTURBATIONS``.
         fit: As for ``rollout``.
         value_range: As for ``rollout``.
         batch_size: As for ``rollout``.

@@ -103,6 +103,7 @@ class Convention(Word):
 
     VITVIZ = "vitviz"
     CHEFER2021 = "chefer2021"
+    SRG = "srg"
 
 
 class PictureFormat(Word):

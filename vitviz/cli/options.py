@@ -346,7 +346,7 @@ class EvaluationRun(SharedOptions):
         Convention,
         declare(
             EXPLAIN,
-            metavar="vitviz|chefer2021",
+            metavar="vitviz|chefer2021|srg",
             help="What is taken away, and how it is summed up.",
         ),
     ] = Convention.VITVIZ

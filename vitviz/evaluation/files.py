@@ -19,7 +19,7 @@ __all__ = ["draw_curves", "require_places", "save"]
 
 
 _COMMAND = "evaluate"
-_PLOTTED = ("deletion", "insertion")
+_PLOTTED = ("deletion", "insertion")  # their names in records
 
 
 def require_places(table: Path | None, plot: Path | None) -> None:
@@ -70,24 +70,29 @@ def draw_curves(evaluation: Evaluation) -> np.ndarray[tuple[int, ...], np.dtype[
 
     perturbation = PERTURBATIONS[evaluation.convention]
     removed = np.array(perturbation.shares)
-    methods = [each for each in evaluation.methods if each.probability.size]
+    most, least, _ = perturbation.titles
+    methods = [each for each in evaluation.methods if each.score.size]
     deletion = Panel(
-        heading="Deletion: lower is better",
+        heading=f"{_capitalized(most)}: lower is better",
         label=f"% of {perturbation.unit} removed, most relevant first",
-        column="deletion",
+        column=most,
         x=removed,
-        curves=[each.probability[0] for each in methods],
+        curves=[each.score[0] for each in methods],
     )
     insertion = Panel(
-        heading="Insertion: higher is better",
+        heading=f"{_capitalized(least)}: higher is better",
         label=f"% of {perturbation.unit} shown, most relevant first",
-        column="insertion",
+        column=least,
         x=1 - removed[::-1],
-        curves=[each.probability[1][::-1] for each in methods],
+        curves=[each.score[1][::-1] for each in methods],
     )
     return draw_pixels(
         f"{evaluation.settings['model']}, {evaluation.images} images",
-        score_name(evaluation.settings["score_kind"], evaluation.settings["options"].get("versus")),
+        score_name(
+            perturbation,
+            evaluation.settings["score_kind"],
+            evaluation.settings["options"].get("versus"),
+        ),
         (deletion, insertion),
         [
             Entry(
@@ -98,6 +103,10 @@ def draw_curves(evaluation: Evaluation) -> np.ndarray[tuple[int, ...], np.dtype[
             for each in methods
         ],
     )
+
+
+def _capitalized(title: str) -> str:
+    return title[0].upper() + title[1:]
 
 
 def _is_table(path: Path) -> bool:

@@ -44,12 +44,17 @@ class Perturbation:
         fill: What takes their place: ``mean``, the colour that preprocessing makes 0 of, or
             ``black``.
         averaged: Whether the area is divided by the range of shares, to give the mean height.
+        score: What the curves are of: the ``probability`` of the class explained or its ``logit``.
+        titles: What tables call the area of the order that removes the most relevant parts first,
+            that of the order that removes the least relevant first, and the second less the first.
     """
 
     shares: tuple[float, ...]
     unit: Literal["patches", "pixels"]
     fill: Literal["mean", "black"]
     averaged: bool
+    score: Literal["probability", "logit"] = "probability"
+    titles: tuple[str, str, str] = ("deletion", "insertion", "difference")
 
     def describe(self) -> str:
         """Say in words what is removed."""
@@ -90,6 +95,17 @@ PERTURBATIONS: Mapping[Convention, Perturbation] = MappingProxyType(
         Convention.CHEFER2021: Perturbation(
             shares=(0.0, *_TENTHS), unit="pixels", fill="black", averaged=False
         ),
+        # Blücher, Vielhaben & Strodthoff, TMLR 2024 (arXiv 2401.06654): the symmetric relevance
+        # gain is the area between the curve of the least influential parts first (LIF) and that of
+        # the most influential first (MIF), from the whole image to nothing of it.
+        Convention.SRG: Perturbation(
+            shares=(0.0, *_TENTHS, 1.0),
+            unit="patches",
+            fill="mean",
+            averaged=True,
+            score="logit",
+            titles=("MIF", "LIF", "SRG"),
+        ),
     }
 )
 """What each convention does, exactly."""
@@ -123,25 +139,33 @@ class Curves:
     """What the model says of one image as its parts go, in two orders.
 
     Attributes:
-        probability: (orders, shares), the score of the class explained, of two the probability
-            of the first of them; the first order removes the most relevant parts first, the
-            second the least relevant.
+        score: (orders, shares), the probability of the class explained, of two that of the first
+            of them, or its logit, of two their difference; the first order removes the most
+            relevant parts first, the second the least relevant.
         accuracy: (orders, shares), 1 where the class of the highest logit is the right one, of
             two where the first has the higher one; of a head with one output, where its sign is
             that of the untouched image.
     """
 
-    probability: NDArray[np.float32]
+    score: NDArray[np.float32]
     accuracy: NDArray[np.float32]
 
     @property
     def finite(self) -> bool:
         """Whether all of it are numbers."""
-        return bool(np.isfinite(self.probability).all())
+        return bool(np.isfinite(self.score).all())
 
 
-def score_name(kind: str, versus: str | None) -> str:
-    """Say in words what curves are of, by the kind of score and ``--versus``."""
+def score_name(perturbation: Perturbation, kind: str, versus: str | None) -> str:
+    """Say in words what curves are of.
+
+    Args:
+        perturbation: Says whether they are of probabilities or logits.
+        kind: How the model's probabilities are made.
+        versus: The class that the one explained is compared with, as typed.
+    """
+    if perturbation.score == "logit":
+        return f"logit of the class explained{'' if versus is None else f' less that of {versus}'}"
     if versus is None:
         return f"{kind} probability of the class explained"
     return f"probability of the class explained rather than {versus}, of these two"
@@ -214,8 +238,7 @@ def measure_curves(
     logits = torch.cat(predicted).view(len(images), 2, -1, batch.logits.shape[1])
     if perturbation.shares[0] == 0:
         logits = torch.cat([batch.logits[:, None, None].expand(-1, 2, 1, -1), logits], dim=2)
-    scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=-1)
-    return _curves(scores, logits, batch)
+    return _curves(_scores(model, perturbation, logits, batch), logits, batch)
 
 
 def _parts(relevance: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -242,21 +265,36 @@ def _filled(images: Tensor, removed: Tensor, size: tuple[int, int], fill: Tensor
     return torch.where(mask, fill, images)
 
 
-def _curves(scores: Tensor, logits: Tensor, batch: Untouched) -> list[Curves]:
-    """Read curves off scores and logits (images, orders, shares, classes)."""
-    probability = _of_class(scores, batch.classes).numpy()
+def _scores(model: Model, perturbation: Perturbation, logits: Tensor, batch: Untouched) -> Tensor:
+    """Return what curves are of (images, orders, shares), of logits with classes behind."""
+    of_logits = perturbation.score == "logit"
     if batch.versus is not None:
-        margin = _of_class(logits, batch.classes) - _of_class(logits, batch.versus)
-        probability, right = margin.sigmoid().numpy(), margin > 0
+        margin = _margin(logits, batch.classes, batch.versus)
+        return margin if of_logits else margin.sigmoid()
+    if of_logits:
+        return _of_class(logits, batch.classes)
+    scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=-1)
+    return _of_class(scores, batch.classes)
+
+
+def _curves(scores: Tensor, logits: Tensor, batch: Untouched) -> list[Curves]:
+    """Put scores (images, orders, shares) and what of logits counts as right together."""
+    if batch.versus is not None:
+        right = _margin(logits, batch.classes, batch.versus) > 0
     elif logits.shape[3] == 1:  # yes or no, and right is what was said of the whole image
         right = (logits[..., 0] > 0) == (batch.logits.view(-1, 1, 1) > 0)
     else:
         right = logits.argmax(dim=3) == batch.targets.view(-1, 1, 1)
     accuracy = right.float().numpy()
     return [
-        Curves(probability=score, accuracy=share)
-        for score, share in zip(probability, accuracy, strict=True)
+        Curves(score=score, accuracy=share)
+        for score, share in zip(scores.numpy(), accuracy, strict=True)
     ]
+
+
+def _margin(logits: Tensor, classes: Tensor, others: Tensor) -> Tensor:
+    """Return how much higher the logit of one class is than that of another."""
+    return _of_class(logits, classes) - _of_class(logits, others)
 
 
 def _of_class(values: Tensor, classes: Tensor) -> Tensor:

@@ -103,19 +103,26 @@ def draw_figure(
     *plots, legend = figure.subplots(1, len(panels) + 1, width_ratios=_WIDTHS)
     colors = _colors([entry.muted for entry in entries])
     levels = _levels(panels)
+    bottom = min(0.0, float(levels[0]))
     for axes, panel in zip(plots, panels, strict=True):
         for y, entry, color in zip(panel.curves, entries, colors, strict=True):
             _draw_line(axes, 100 * panel.x, y, entry, color)
         _dress(axes, panel, remark)
-        axes.set(ylim=(0, levels[-1]), yticks=levels)
+        axes.set(ylim=(bottom, levels[-1]), yticks=levels)
     _draw_legend(legend, [panel.column for panel in panels], entries, colors)
     return figure
 
 
 def _levels(panels: Sequence[Panel]) -> NDArray[np.floating]:
-    """Return the ticks of the vertical axes: from 0 to the first at or above all curves."""
-    highest = max((float(y.max()) for panel in panels for y in panel.curves), default=0.0)
-    return np.asarray(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(0, highest or 1.0))
+    """Return the ticks of the vertical axes: from 0, or below, to the first above all curves."""
+    heights = [0.0, *(float(end) for panel in panels for y in panel.curves for end in _ends(y))]
+    lowest, highest = min(heights), max(heights)
+    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(lowest, highest or 1.0)
+    return np.asarray(ticks)
+
+
+def _ends(y: NDArray[np.floating]) -> tuple[float, float]:
+    return y.min(), y.max()
 
 
 def _draw_line(

@@ -105,12 +105,12 @@ def locate(
 def _faithfulness(curves: Curves, perturbation: Perturbation) -> dict[str, float]:
     """Sum up curves.
 
-    Deletion is what is left of the probability as the most relevant parts go. Insertion at a share
+    Deletion is what is left of the score as the most relevant parts go. Insertion at a share
     shows the parts that removing the least relevant ones leaves: the same pictures, read
     backwards, so its area is that of the second order. Positive and negative perturbation are the
     same two orders, in accuracy.
     """
-    deletion, insertion = perturbation.area(curves.probability).tolist()
+    deletion, insertion = perturbation.area(curves.score).tolist()
     positive, negative = perturbation.area(curves.accuracy).tolist()
     return {
         "deletion": deletion,

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -63,6 +63,7 @@ _COLUMNS = ("source", "class_index", "class_label", "truth", "method")
 CSV_HEADER = ",".join([*_COLUMNS, *(metric.name for metric in METRICS)])
 """First line of every table of numbers, by which vitviz knows its own."""
 
+_AREAS = ("deletion", "insertion", "difference")  # which conventions have titles of their own for
 _ORDERS = ("most_relevant_first", "least_relevant_first")
 
 
@@ -102,7 +103,7 @@ class MethodSummary:
         options: How its maps are computed.
         cost: Time of its maps over that of a plain forward pass, the median of the batches.
         summaries: By metric; those that no image has are not there.
-        probability: (orders, shares), means over the images.
+        score: (orders, shares), means over the images of what curves are of.
         accuracy: (orders, shares), the same.
     """
 
@@ -110,7 +111,7 @@ class MethodSummary:
     options: Mapping[str, Any]
     cost: float
     summaries: Mapping[str, Summary]
-    probability: NDArray[np.floating]
+    score: NDArray[np.floating]
     accuracy: NDArray[np.floating]
 
     @property
@@ -118,9 +119,9 @@ class MethodSummary:
         """Whether it knows nothing of the images."""
         return self.name in BASELINES
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as a record."""
-        curves = {"probability": self.probability, "accuracy": self.accuracy}
+    def to_dict(self, score: str) -> dict[str, Any]:
+        """Return it as a record, with the name of what curves are of."""
+        curves = {score: self.score, "accuracy": self.accuracy}
         return {
             "options": dict(self.options),
             "cost": self.cost,
@@ -154,7 +155,12 @@ class Evaluation:
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics that there is anything to say of."""
         known = {name for method in self.methods for name in method.summaries}
-        return tuple(metric for metric in METRICS if metric.name in known)
+        titles = dict(zip(_AREAS, PERTURBATIONS[self.convention].titles, strict=True))
+        return tuple(
+            replace(metric, title=titles.get(metric.name, metric.title))
+            for metric in METRICS
+            if metric.name in known
+        )
 
     @property
     def failed(self) -> tuple[ImageScores, ...]:
@@ -184,7 +190,10 @@ class Evaluation:
                 **asdict(PERTURBATIONS[self.convention]),
                 "in_words": dict(self.explanations),
             },
-            "methods": {method.name: method.to_dict() for method in self.methods},
+            "methods": {
+                method.name: method.to_dict(PERTURBATIONS[self.convention].score)
+                for method in self.methods
+            },
             "cases": [
                 _record(measurement, case)
                 for measurement in self.measurements
@@ -290,7 +299,7 @@ def _method_summary(
         options=_method_options(name),
         cost=float(np.median([case.costs[name] for case in cases])) if cases else math.nan,
         summaries=summaries,
-        probability=_mean([case.curves[name].probability for case in cases]),
+        score=_mean([case.curves[name].score for case in cases]),
         accuracy=_mean([case.curves[name].accuracy for case in cases]),
     )
 

@@ -47,7 +47,8 @@ def explain_numbers(
         cases: What was found; numbers that none of them has are left out.
     """
     perturbation = PERTURBATIONS[options.convention]
-    score = score_name(model.score_kind, options.versus)
+    most, least, gain = perturbation.titles
+    score = score_name(perturbation, model.score_kind, options.versus)
     right = "true class" if any(case.truth is not None for case in cases) else "class explained"
     accuracy = f"top-1 accuracy, the {right} being right"
     if options.versus is not None:
@@ -57,13 +58,12 @@ def explain_numbers(
         "class": _TARGETS.get(options.target, f"{options.target}, in every image")
         + ("" if options.versus is None else f"; compared with {options.versus}"),
         "removed": perturbation.describe(),
-        "deletion": f"{score}, the most relevant going first; area by "
-        f"{perturbation.describe_area()}",
-        "insertion": "the same, the least relevant going first (read backwards: the most relevant "
+        most: f"{score}, the most relevant going first; area by {perturbation.describe_area()}",
+        least: "the same, the least relevant going first (read backwards: the most relevant "
         "coming first)",
-        "difference": "insertion less deletion",
-        "positive": f"{accuracy}, in the order of deletion",
-        "negative": "the same in the order of insertion",
+        gain: f"{least} less {most}",
+        "positive": f"{accuracy}, in the order of {most}",
+        "negative": f"the same in the order of {least}",
         **(_LOCATED if "pointing" in known else {}),
         **(_SPECIFICITY if "specificity" in known else {}),
         **(_CORRELATION if "class_correlation" in known else {}),
