@@ -628,10 +628,48 @@ def test_interval_marks_are_those_of_the_differences() -> None:
     assert found.methods[2].summaries["deletion"].better
 
 
-def test_table_warns_of_what_its_marks_do_not_tell(shell: Shell, tiny: list[str]) -> None:
+def test_difference_to_the_best_method_is_that_of_the_same_images() -> None:
+    methods = ["rollout", "grad-rollout", "evidence"]
+    found = vitviz.evaluate(demo(), sorted(SCENES.glob("*.png"))[:6], methods=methods, masks=MASKS)
+    of_methods = {each.name: each.summaries for each in found.methods}
+    for metric in METRICS:
+        means = {
+            name: summaries[metric.name].interval.mean
+            for name, summaries in of_methods.items()
+            if metric.name in summaries
+        }
+        own = {name: means[name] for name in methods if name in means}
+        if not own:
+            continue
+        best = (min if metric.lower else max)(own, key=lambda name: own[name])
+        for name in means:
+            summary = of_methods[name][metric.name]
+            if name == best:
+                assert summary.versus_best == {}
+                assert summary.near_best
+                continue
+            (found_best, interval), *others = summary.versus_best.items()
+            assert (found_best, others) == (best, [])
+            assert interval.mean == pytest.approx(means[name] - means[best])
+            assert interval.low <= interval.mean <= interval.high
+            assert summary.near_best is (interval.low <= 0 <= interval.high)
+    assert not of_methods["rollout"]["difference"].near_best
+    record = found.to_dict()["methods"]["rollout"]["metrics"]["difference"]["versus_best"]
+    assert record["evidence"]["high"] < 0
+
+
+def test_table_marks_what_is_not_told_apart_from_the_best(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
     text = shell("evaluate", "p", *tiny).out.decode()
-    assert "not corrected for how many comparisons" in text
+    document = shell("evaluate", "p", "--json", *tiny).records[0]
+    for name, method in document["methods"].items():
+        line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
+        cells = dict(zip(("deletion", "insertion"), line.split()[1:], strict=False))
+        for metric, cell in cells.items():
+            of_best = method["metrics"][metric]["versus_best"].values()
+            near = all(each["low"] <= 0 <= each["high"] for each in of_best)
+            assert cell.endswith("=") is near
+    assert "Neither mark is corrected" in text
     assert "the blob in the" not in text
     Path("m").mkdir()
     mask = np.zeros((48, 64), dtype=np.uint8)

@@ -19,7 +19,8 @@ __all__ = ["show_evaluation"]
 
 _NOTES = """\
 * better than both baselines: no 0 in the 95 % intervals of the differences
-This is not corrected for how many comparisons are made."""
+= the best method of the column, or not told apart from it: 0 in that interval
+Neither mark is corrected for how many comparisons are made."""
 _CENTRED = """\
 Where objects stand in the middle, as on most photographs, the blob in the
 centre alone points well and has a high precision: compare with its row."""
@@ -79,8 +80,10 @@ def _score(method: MethodSummary, metric: Metric) -> Text:
     ends = (summary.interval.low, summary.interval.high)
     interval = "" if math.isnan(ends[0]) else "–".join(_decimals(end, 2) for end in ends)
     marked = summary.better and not method.is_baseline
-    mean = _decimals(summary.interval.mean, 3) + ("*" if marked else " ")
-    return Text.assemble((mean, "bold" if marked else ""), (f"\n{interval} ", "dim"))
+    near_best = summary.near_best and metric.table != "classes"  # the lowest is not the best there
+    marks = f"{'*' if marked else ''}{'=' if near_best else ''}"
+    mean = f"{_decimals(summary.interval.mean, 3)}{marks:<2}"
+    return Text.assemble((mean, "bold" if marked else ""), (f"\n{interval}  ", "dim"))
 
 
 def _decimals(value: float, digits: int) -> str:

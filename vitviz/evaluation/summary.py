@@ -75,6 +75,7 @@ class Summary:
         interval: The mean, and where it may lie.
         images: How many images it is the mean of.
         versus: This mean less that of each baseline, on the same images.
+        versus_best: The same for the best method, by its name; nothing of the best itself.
         better: Whether it is better than every baseline, the intervals of the differences without
             0 in them.
     """
@@ -82,7 +83,15 @@ class Summary:
     interval: Interval
     images: int
     versus: Mapping[str, Interval]
+    versus_best: Mapping[str, Interval]
     better: bool
+
+    @property
+    def near_best(self) -> bool:
+        """Whether it is the best, or the interval of its difference to the best has 0 in it."""
+        return not math.isnan(self.interval.low) and all(
+            each.low <= 0 <= each.high for each in self.versus_best.values()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a record."""
@@ -90,6 +99,7 @@ class Summary:
             **asdict(self.interval),
             "images": self.images,
             "versus": {name: asdict(interval) for name, interval in self.versus.items()},
+            "versus_best": {name: asdict(each) for name, each in self.versus_best.items()},
             "better_than_baselines": self.better,
         }
 
@@ -275,16 +285,29 @@ def _summaries(
     for column, (metric, images) in enumerate(zip(METRICS, counts, strict=True)):
         if not images:
             continue
-        versus = {
-            each: drawn.difference((row, column), (names.index(each), column)) for each in baselines
-        }
+        best = _best(metric, names, drawn.means[:, column])
+        versus, versus_best = (
+            {each: drawn.difference((row, column), (names.index(each), column)) for each in others}
+            for others in (baselines, [best] if best not in (None, name) else [])
+        )
         summaries[metric.name] = Summary(
             interval=drawn.interval((row, column)),
             images=images,
             versus=versus,
+            versus_best=versus_best,
             better=all(_is_better(metric, difference) for difference in versus.values()),
         )
     return summaries
+
+
+def _best(metric: Metric, names: Sequence[str], means: NDArray[np.floating]) -> str | None:
+    """Return the method, no baseline, of the best mean; None where no method has any."""
+    known = {
+        name: mean * (-1 if metric.lower else 1)
+        for name, mean in zip(names, means.tolist(), strict=True)
+        if name not in BASELINES and not math.isnan(mean)
+    }
+    return max(known, key=lambda name: known[name], default=None)
 
 
 def _is_better(metric: Metric, difference: Interval) -> bool:
