@@ -319,7 +319,7 @@ def test_short_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ("lime",)}, "lime is unknown; choose among rollout"),
+        ({"methods": ("lime",)}, "lime is unknown; choose among rollout.*legrad, gradcam"),
         ({"methods": ("rollout@",)}, "rollout@ is unknown"),
         ({"methods": ("rollout@0",)}, "--refine is 0"),
         ({"seed": -1}, "--seed is -1"),

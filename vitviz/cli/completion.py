@@ -17,9 +17,9 @@ def complete_models(incomplete: str) -> list[str]:
 
 def complete_methods(incomplete: str) -> list[str]:
     """Return the names that ``evaluate`` takes for methods and that begin so."""
-    from vitviz.methods.table import variants
+    from vitviz.methods.table import PUBLISHED, variants
 
-    return _beginning(incomplete, variants())
+    return _beginning(incomplete, [*variants(), *PUBLISHED])
 
 
 def complete_devices(incomplete: str) -> list[str]:

@@ -18,7 +18,7 @@ from vitviz.cli.parameters import (
     SCRIPTING,
     declare,
 )
-from vitviz.methods.table import variants
+from vitviz.methods.table import PUBLISHED, variants
 from vitviz.models.names import DEFAULT
 from vitviz.options import Colormap, Convention, Fit, Outliers, PictureFormat, Precision, Saved
 
@@ -299,8 +299,9 @@ class EvaluationRun(SharedOptions):
             EXPLAIN,
             autocompletion=complete_methods,
             metavar="NAME",
-            help=f"{', '.join(variants())}, with @2 after one for maps twice as fine; repeatable. "
-            "All that suit the model by default; the baselines random and centre always.",
+            help=f"{', '.join(variants())} (by default all of these that suit the model), or "
+            f"{' or '.join(PUBLISHED)} to compare with; @2 after one for maps twice as fine; "
+            "repeatable. The baselines random and centre are always there.",
             show_default=False,
         ),
     ] = ()  # type: ignore[assignment]  # a default must not be mutable

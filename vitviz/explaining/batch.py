@@ -18,7 +18,7 @@ from vitviz.errors import (
     UnsupportedModelError,
 )
 from vitviz.explaining.parallel import map_parts
-from vitviz.explaining.targets import require_target, scores_of, targets_of, without_equals
+from vitviz.explaining.targets import own_request, scores_of, targets_of, without_equals
 from vitviz.methods.diagnostics import outlier_tokens, prefix_attention
 from vitviz.methods.forward import ForwardPass, Target
 from vitviz.methods.method import ClassMethod, Method, TokenMap
@@ -32,7 +32,7 @@ from vitviz.models.model import Model
 from vitviz.models.prepared import prepared
 from vitviz.models.residuals import BalancedResiduals
 from vitviz.models.stages import StageCapture, StageLayout
-from vitviz.models.structure import blocks_of, patch_grid, token_norm
+from vitviz.models.structure import blocks_of, patch_grid, token_head, token_norm
 from vitviz.models.wrapping import own_numbers
 
 __all__ = ["BatchMaps", "class_requests", "explain_batch", "predict_batch"]
@@ -113,24 +113,11 @@ def class_requests(
     if not isinstance(method, ClassMethod):
         return ()
     if target is not None:
-        return _own_request(model, method, target)
+        return own_request(model, method, target)
     requests = parse_requests(method.classes, model.labels, model.num_classes, method.versus)
     if not requests:
         raise LabelError("no class asked for; give an index, a label or top1")
     return requests
-
-
-def _own_request(
-    model: Model, method: ClassMethod, target: Callable[[Tensor], Tensor]
-) -> tuple[ClassRequest, ...]:
-    """Make sure of a score of the user's own, and ask for it."""
-    if method.versus is not None or method.classes != ("top1",):
-        raise OptionError(
-            "target is what is explained in place of a class; leave --class and --versus out"
-        )
-    numbers = torch.linspace(-1, 1, 2 * model.num_classes, device=model.device)
-    require_target(target, numbers.view(2, -1).to(model.dtype))
-    return (ClassRequest(score=target),)
 
 
 def explain_batch(
@@ -196,6 +183,7 @@ def _captured(model: Model, method: Method) -> Iterator[AttentionCapture | Stage
         first_gradient=method.first_block if method.needs_attention_gradients else None,
         projections=method.weighs_values,
         blocks=blocks if method.needs_block_inputs else blocks[-1:],
+        parts=method.watched(model),
     ) as capture:
         yield capture
 
@@ -295,8 +283,7 @@ def _explain_part(
         if explains_class:
             _expect_logits(model, output)
             targets = targets_of(logits, requests, given)
-            scores = scores_of(output, targets, requests)
-            found = _of_scores(method, forward, scores)
+            scores, found = _of_scores(method, forward, output, targets, requests)
         else:
             found = [method.compute(forward, None)]
         prefix, outliers = _diagnosed(method, forward, len(images))
@@ -338,6 +325,8 @@ def _run(
             dtype=torch.promote_types(model.dtype, torch.float32),
             device=model.device,
             norm=token_norm(model.module),
+            head=token_head(model.module),
+            outputs=capture.take_outputs(),
         )
     return output, forward
 
@@ -355,13 +344,32 @@ def _diagnosed(method: Method, forward: ForwardPass, images: int) -> tuple[Tenso
     return prefix, outlier_tokens(method.tokens(forward), layout.prefix_tokens)
 
 
-def _of_scores(method: Method, forward: ForwardPass, scores: Tensor) -> list[TokenMap]:
-    """Explain each of the scores (images, maps)."""
+def _of_scores(
+    method: Method,
+    forward: ForwardPass,
+    output: Tensor,
+    targets: Tensor,
+    requests: tuple[ClassRequest, ...],
+) -> tuple[Tensor, list[TokenMap]]:
+    """Return the scores (images, maps) of an output, and explain each of them."""
+
+    def score_of(logits: Tensor, *, number: int) -> Tensor:
+        return scores_of(logits, targets, requests)[:, number].sum()
+
+    scores = scores_of(output, targets, requests)
     summed = scores.sum(dim=0).unbind()
-    return [
-        method.compute(forward, Target(score=score, is_last=score is summed[-1]))
-        for score in summed
+    found = [
+        method.compute(
+            forward,
+            Target(
+                score=score,
+                score_of=partial(score_of, number=number),
+                is_last=number == len(summed) - 1,
+            ),
+        )
+        for number, score in enumerate(summed)
     ]
+    return scores, found
 
 
 def _expect_logits(model: Model, output: Tensor) -> None:

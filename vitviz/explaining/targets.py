@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from vitviz.errors import OptionError
+from vitviz.methods.method import ClassMethod
 from vitviz.models.labels import ClassRequest
+from vitviz.models.model import Model
 
-__all__ = ["require_target", "scores_of", "targets_of", "without_equals"]
+__all__ = ["own_request", "require_target", "scores_of", "targets_of", "without_equals"]
 
 
 def require_target(target: Callable[[Any], Any], logits: Tensor) -> None:
@@ -47,6 +49,28 @@ def require_target(target: Callable[[Any], Any], logits: Tensor) -> None:
         )
     if gradient[1].nan_to_num().any():  # not a number, as of a logarithm, is no dependence
         raise OptionError("target mixes the images of a batch; give a function of each row alone")
+
+
+def own_request(
+    model: Model, method: ClassMethod, target: Callable[[Any], Any]
+) -> tuple[ClassRequest, ...]:
+    """Make sure of a score of the user's own, and ask for it.
+
+    Args:
+        model: The model whose logits the score is of.
+        method: The method that explains it.
+        target: Of logits (batch, classes) to scores (batch).
+
+    Raises:
+        OptionError: Classes are asked for as well, or it is no score; see ``require_target``.
+    """
+    if method.versus is not None or method.classes != ("top1",):
+        raise OptionError(
+            "target is what is explained in place of a class; leave --class and --versus out"
+        )
+    numbers = torch.linspace(-1, 1, 2 * model.num_classes, device=model.device)
+    require_target(target, numbers.view(2, -1).to(model.dtype))
+    return (ClassRequest(score=target),)
 
 
 def targets_of(logits: Tensor, requests: Sequence[ClassRequest], given: Tensor) -> Tensor:

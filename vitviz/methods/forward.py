@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class ForwardPass:
         dtype: Of the numbers that maps are computed with.
         device: Where the model is.
         norm: The model's normalisation of all tokens behind the blocks; None without one.
+        head: Makes logits (batch, classes) of tokens behind a block; None where that is not known.
+        outputs: Of the parts that a method watches.
     """
 
     layout: TokenLayout | StageLayout
@@ -41,6 +43,8 @@ class ForwardPass:
     dtype: torch.dtype
     device: torch.device
     norm: nn.Module | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+    outputs: Sequence[Tensor] = ()
 
     @property
     def blocks(self) -> Sequence[Attention]:
@@ -89,11 +93,17 @@ class Target:
     Attributes:
         score: y, the logit of a class, the difference of two or another score, summed over the
             batch; images do not mix, so that the gradients of the sum give each image its own.
+        score_of: Makes that score of logits (batch, classes).
         is_last: Whether no other score is asked of this forward pass, whose graph is freed then.
     """
 
     score: Tensor
+    score_of: Callable[[Tensor], Tensor]
     is_last: bool
+
+    def again(self, logits: Tensor) -> Target:
+        """Ask the same of other logits (batch, classes)."""
+        return replace(self, score=self.score_of(logits))
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Compute ∂y/∂x for each of some tensors x of the forward pass."""

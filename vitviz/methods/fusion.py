@@ -10,7 +10,7 @@ from torch import Tensor
 from vitviz.models.attention import Attention, MaterializedAttention
 from vitviz.options import HeadFusion
 
-__all__ = ["Fusion", "fuse_heads", "fuse_positive", "fuse_with_gradient"]
+__all__ = ["Fusion", "fuse_heads", "fuse_positive", "fuse_positive_gradient", "fuse_with_gradient"]
 
 
 Fusion = Callable[[slice, slice], Tensor]
@@ -60,5 +60,14 @@ def fuse_positive(record: Attention, output_gradient: Tensor) -> Fusion:
         weighted = record.probabilities(images, queries)
         weighted *= record.probability_gradients(output_gradient, images, queries)
         return weighted.relu_()  # before the mean over heads, so that none cancels another
+
+    return fuse
+
+
+def fuse_positive_gradient(record: Attention, output_gradient: Tensor) -> Fusion:
+    """Fuse a block's heads by mean over heads of relu(∂y/∂A); as ``fuse_with_gradient``."""
+
+    def fuse(images: slice, queries: slice) -> Tensor:
+        return record.probability_gradients(output_gradient, images, queries).relu()
 
     return fuse

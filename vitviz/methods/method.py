@@ -7,7 +7,7 @@ imported; the mathematics is imported where it runs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -16,7 +16,7 @@ from vitviz.errors import OptionError, UnsupportedModelError, evidence_instead
 from vitviz.options import AttentionRule, Colormap, Unit
 
 if TYPE_CHECKING:  # these rooms load torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from vitviz.methods.forward import ForwardPass, Target
     from vitviz.models.model import Model
@@ -93,7 +93,8 @@ def option(
 class Method(ABC):
     """A method with its options; a subclass is all that there is to know of one.
 
-    To add a method, write a subclass in a room of its own and name it in ``methods.table``.
+    To add a method, write a subclass in a room of its own and name it in ``methods.table``: among
+    ``METHODS`` for a command and a function of its own, among ``PUBLISHED`` for ``evaluate`` alone.
 
     Attributes:
         name: As typed, recorded, and used in the names of files.
@@ -227,6 +228,10 @@ class Method(ABC):
         Raises:
             OptionError: They do not.
         """
+
+    def watched(self, model: Model) -> Sequence[nn.Module]:
+        """Return the parts of a model whose outputs must be kept, beside what others keep."""
+        return ()
 
     def tokens(self, forward: ForwardPass) -> Tensor:
         """Return the tokens (batch, tokens, channels) whose outliers may spoil its maps."""

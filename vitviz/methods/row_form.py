@@ -20,6 +20,7 @@ from vitviz.models.attention import Attention
 
 __all__ = [
     "attention_rollout",
+    "gathered",
     "gathered_by_heads",
     "gradient_relevance",
     "pooled_readout",
@@ -91,13 +92,27 @@ def gradient_relevance(
     carried = [start]
     for record, fusion in zip(reversed(records), reversed(fusions), strict=True):
         relevance = carried[-1]
-        gathered = torch.zeros_like(relevance)
-        for images, row_chunks in _chunks(record.shape, _support(relevance)):
-            for rows in row_chunks:
-                # r·E over the rows that carry anything; the identity is added below.
-                gathered[images] += _gather(relevance[images, rows], fusion(images, rows))
-        carried.append(relevance + (gathered * record.value_norms() if weigh_values else gathered))
+        passed = gathered(record, fusion, relevance)
+        carried.append(relevance + (passed * record.value_norms() if weigh_values else passed))
     return carried[1:]
+
+
+def gathered(record: Attention, fusion: Fusion, weights: Tensor) -> Tensor:
+    """Compute w·F of one block, without its identity.
+
+    Args:
+        record: The block's attention.
+        fusion: F.
+        weights: w, (batch, queries).
+
+    Returns:
+        (batch, keys).
+    """
+    found = torch.zeros_like(weights)
+    for images, row_chunks in _chunks(record.shape, _support(weights)):
+        for rows in row_chunks:  # those that carry anything
+            found[images] += _gather(weights[images, rows], fusion(images, rows))
+    return found
 
 
 def gathered_by_heads(records: Sequence[Attention], readout: Tensor) -> Tensor:

@@ -8,14 +8,18 @@ from vitviz.errors import OptionError
 from vitviz.methods.attention import RawAttention
 from vitviz.methods.evidence import Evidence
 from vitviz.methods.method import Method
+from vitviz.methods.published import GradCam, LeGrad
 from vitviz.methods.relevance import Relevance
 from vitviz.methods.rollout import GradRollout, Rollout
 
-__all__ = ["METHODS", "NamedMethod", "named_method", "variants"]
+__all__ = ["METHODS", "PUBLISHED", "NamedMethod", "named_method", "variants"]
 
 METHODS: dict[str, type[Method]] = {
     each.name: each for each in (Rollout, GradRollout, Relevance, Evidence, RawAttention)
 }
+
+PUBLISHED: dict[str, type[Method]] = {each.name: each for each in (LeGrad, GradCam)}
+"""Methods of others that ``evaluate`` measures where they are named, and that have no command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,7 @@ class NamedMethod:
 
 
 def variants() -> dict[str, Method]:
-    """Return what ``evaluate`` can set side by side, by name."""
+    """Return what ``evaluate`` sets side by side by default, by name."""
     return {name: made for each in METHODS.values() for name, made in each.variants().items()}
 
 
@@ -37,7 +41,7 @@ def named_method(name: str) -> NamedMethod:
     Raises:
         OptionError: There is no such method.
     """
-    known = variants()
+    known = variants() | {name: made() for name, made in PUBLISHED.items()}
     word, at, finer = name.partition("@")
     if word not in known or (at and not finer.isdecimal()):
         raise OptionError(

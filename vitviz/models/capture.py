@@ -52,6 +52,7 @@ class AttentionCapture:
         first_gradient: int | None = None,
         projections: bool = False,
         blocks: Sequence[nn.Module] = (),
+        parts: Sequence[nn.Module] = (),
         on_record: Callable[[Attention], None] | None = None,
         isolate: bool = False,
     ) -> None:
@@ -63,6 +64,7 @@ class AttentionCapture:
             projections: With a ``first_gradient``, also find what joins the heads of each call.
             blocks: Blocks before, between and after which the tokens are kept too; without a
                 ``first_gradient``, they can be differentiated through.
+            parts: Parts whose outputs are kept.
             on_record: Takes each record at once, instead of keeping it for ``take``.
             isolate: Let each token attend to itself alone, to see what else mixes tokens.
         """
@@ -70,6 +72,7 @@ class AttentionCapture:
         self._first_gradient = first_gradient
         self._projections = projections and first_gradient is not None
         self._blocks = blocks
+        self._parts = parts
         self._whole_blocks = frozenset(blocks_of(module))
         self._isolate = isolate
         self._on_record = on_record
@@ -86,6 +89,8 @@ class AttentionCapture:
                 stack.callback(block.register_forward_pre_hook(self._enter_block).remove)
             for block in self._blocks[-1:]:
                 stack.callback(block.register_forward_hook(self._leave_blocks).remove)
+            for part in self._parts:
+                stack.callback(part.register_forward_hook(self._leave_part).remove)
             # Heads are joined by what the module that attends does to them until it ends.
             for module in self._module.modules() if self._projections else ():
                 stack.callback(module.register_forward_pre_hook(self._begin_module).remove)
@@ -110,6 +115,7 @@ class AttentionCapture:
             yield
             return
         self._of_thread.records, self._of_thread.tokens = [], []
+        self._of_thread.outputs = []
         self._of_thread.begun, self._of_thread.joining = {}, None
         try:
             with _CallMode(self):
@@ -156,6 +162,12 @@ class AttentionCapture:
         self._of_thread.tokens.clear()
         return tokens
 
+    def take_outputs(self) -> list[Tensor]:
+        """Hand out what the parts gave, in execution order, and forget it."""
+        outputs = list(self._of_thread.outputs)
+        self._of_thread.outputs.clear()
+        return outputs
+
     def _enter_block(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if not self._is_recording:
             return inputs
@@ -168,6 +180,10 @@ class AttentionCapture:
     def _leave_blocks(self, block: nn.Module, inputs: object, tokens: Tensor) -> None:
         if self._is_recording:
             self._of_thread.tokens.append(tokens)
+
+    def _leave_part(self, part: nn.Module, inputs: object, output: Tensor) -> None:
+        if self._is_recording:
+            self._of_thread.outputs.append(output)
 
     def _record_call(self, call: Callable[..., Tensor], arguments: _SdpaArguments) -> Tensor:
         query, key, value = arguments.query, arguments.key, arguments.value

@@ -325,6 +325,10 @@ class StageCapture:
         """Return no attention: none is recorded."""
         return []
 
+    def take_outputs(self) -> list[Tensor]:
+        """Return no outputs of parts: none are kept."""
+        return []
+
     def take_tokens(self) -> list[Tensor]:
         """Hand out the tokens (batch, tokens, channels) of each stage, and forget them.
 

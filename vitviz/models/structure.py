@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "patch_grid",
     "patch_size",
     "pretrained_config",
+    "token_head",
     "token_norm",
     "trunk",
 ]
@@ -122,6 +123,19 @@ def token_norm(module: nn.Module) -> nn.Module | None:
     """Return what normalises all tokens behind the blocks; None where nothing does."""
     norm = getattr(trunk(module), "norm", None)
     return norm if isinstance(norm, nn.Module) else None
+
+
+def token_head(module: nn.Module) -> Callable[[Tensor], Any] | None:
+    """Return what makes a model's output of tokens behind the blocks, as timm does it.
+
+    Returns:
+        Norm and head in one; None where the model has no head apart.
+    """
+    head = getattr(module, "forward_head", None)
+    norm = token_norm(module)
+    if not callable(head) or norm is None:
+        return None
+    return lambda tokens: head(norm(tokens))
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
