@@ -298,6 +298,8 @@ def _annotation(hint: Any) -> str:
         return "Classes"
     if str in get_args(hint):
         return "Versus"
+    if any(isinstance(each, type) and issubclass(each, Enum) for each in get_args(hint)):
+        return "str | None"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"{hint.__name__} | str"
     return hint.__name__ if isinstance(hint, type) else str(hint)

@@ -112,6 +112,7 @@ class PictureFormat(Word):
     PNG = "png"
     JPEG = "jpeg"
     WEBP = "webp"
+    GIF = "gif"
 
     @property
     def ending(self) -> str:

@@ -57,8 +57,9 @@ def option_value(name: str, hint: Any, value: Any) -> Any:
         return one_class(name, value)
     if value is None and type(None) in get_args(hint):
         return None
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return hint(value)
+    for kind in (hint, *get_args(hint)):
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return kind(value)
     if tuple in (getattr(each, "__origin__", None) for each in (hint, *get_args(hint))):
         return tuple(whole(name, each) for each in value)
     for kind, read in ((int, whole), (float, real)):

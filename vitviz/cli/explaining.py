@@ -16,7 +16,7 @@ from vitviz.cli.signals import Interruption
 from vitviz.cli.starting import find, load, read_count, refuse_cheap_mistakes
 from vitviz.errors import ImageError, OptionError, OutputError
 from vitviz.methods.method import Method
-from vitviz.options import OutputKind, PictureOptions, Saved, ValueRange
+from vitviz.options import OutputKind, PictureFormat, PictureOptions, Saved, ValueRange
 from vitviz.runs.job import Job, require_parquet
 from vitviz.runs.shards import Shard
 
@@ -104,12 +104,13 @@ def _own_part(run: WritingRun, job: Job, sources: Sequence[Source]) -> Sequence[
     return part
 
 
-def _pictures(run: WritingRun) -> PictureOptions:
+def _pictures(run: WritingRun, method: Method) -> PictureOptions:
+    is_png = run.format is PictureFormat.PNG  # which holds no frames, and is the default
     pictures = PictureOptions(
         kinds=_kinds(run),
         alpha=run.alpha,
         max_size=run.max_size,
-        format=run.format,
+        format=PictureFormat.GIF if is_png and method.axes[0] == "frames" else run.format,
     )
     if not isinstance(run, RunOptions):
         return pictures
@@ -128,7 +129,7 @@ def _sink(run: WritingRun, method: Method) -> Sink | None:
 def _job(run: WritingRun, method: Method) -> Job:
     return Job(
         method=method,
-        pictures=_pictures(run),
+        pictures=_pictures(run, method),
         fit=run.fit,
         value_range=ValueRange.ensure(run.value_range),
         output=run.output,

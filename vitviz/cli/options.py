@@ -205,7 +205,9 @@ class WritingRun(SharedOptions):
     format: Annotated[
         PictureFormat,
         declare(
-            PICTURES, metavar="png|jpeg|webp", help="How pictures are stored; gray is always PNG."
+            PICTURES,
+            metavar="png|jpeg|webp|gif",
+            help="How pictures are stored; gray is always PNG, animations are GIF or WebP.",
         ),
     ] = PictureFormat.PNG
     alpha: Annotated[

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from vitviz.pictures.tables import Cell, ColorBar, picture_table
 __all__ = ["Caveat", "Explanation", "Prediction", "Diagnostics"]
 
 
+_ACROSS = 4  # frames side by side
 _CROWDED = 0.5  # share of attention
 _MISPLACED = 0.1  # share of the heat
 _EVEN = 0.05  # of its largest magnitude
@@ -115,7 +116,8 @@ class Explanation:
     Attributes:
         method: How it was computed.
         relevance: float32, before any normalisation, along the method's ``axes``: (rows, cols),
-            or (blocks, heads, rows, cols) of raw attention, (channels, rows, cols) of features.
+            or (blocks, heads, rows, cols) of raw attention, (channels, rows, cols) of features,
+            (frames, rows, cols) of an animation.
         sample: The image.
         model: The model's name.
         request: Name of the class request (``c281``, ``top1``, ``c281-vs-top2``), or of the
@@ -178,6 +180,8 @@ class Explanation:
             self.method.require_one_map()
             heat = self._heat(self.relevance, self.sample.picture)
             return np.rint(np.nan_to_num(heat) * 255).astype(np.uint8)
+        if self.is_animated:
+            return self._draw_frames(kind)
         if kind is OutputKind.PANEL:
             return picture_table([self._cells()], title=self.caption, subtitle=self.origin)
         if len(self.method.axes) == 2:
@@ -186,6 +190,44 @@ class Explanation:
         if self.method.axes[0] == "channels":
             return self._draw_features(kind)
         return self._draw_heads(kind, f"{self.caption} · {self.origin}")
+
+    @property
+    def is_animated(self) -> bool:
+        """Whether it has several maps, one after the other."""
+        return self.method.axes[0] == "frames"
+
+    def animation(self, kind: OutputKind) -> list[NDArray[np.uint8]]:
+        """Draw the frames of an animation: (height, width, 3) each, with titles and colour bars."""
+        return [
+            picture_table(
+                [frame._cells() if kind is OutputKind.PANEL else [frame._cell(kind)]],
+                title=f"{self.caption}, {name}",
+                subtitle=self.origin,
+            )
+            for name, frame in self._frames()
+        ]
+
+    def _frames(self) -> Iterator[tuple[str, Explanation]]:
+        """Yield the name and the map of each frame."""
+        for position, relevance in enumerate(self.relevance):
+            frame = replace(self, method=self.method.still, relevance=relevance)
+            yield self.method.frame_name(position), frame
+
+    def _draw_frames(self, kind: OutputKind) -> NDArray[np.uint8]:
+        """Draw all frames side by side, in rows."""
+        kind = OutputKind.OVERLAY if kind is OutputKind.PANEL else kind
+        cells = [frame._cell(kind, name) for name, frame in self._frames()]
+        across = min(_ACROSS, len(cells))
+        paper = Cell(picture=np.full_like(cells[0].picture, 255))
+        cells += [paper] * (-len(cells) % across)
+        rows = [cells[start : start + across] for start in range(0, len(cells), across)]
+        drawn = Image.fromarray(picture_table(rows, title=self.caption, subtitle=self.origin))
+        drawn.thumbnail((self.pictures.max_size,) * 2, Image.Resampling.LANCZOS)
+        return np.asarray(drawn)
+
+    def _cell(self, kind: OutputKind, title: str = "") -> Cell:
+        """Return one picture of a table, with its colours."""
+        return Cell(picture=self.draw(kind), title=title, bar=self.color_bar())
 
     def _cells(self) -> list[Cell]:
         """Return the pictures of a panel."""

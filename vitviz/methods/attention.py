@@ -29,7 +29,6 @@ class RawAttention(Method):
 
     name: ClassVar[str] = "attention"
     help: ClassVar[str] = "Draw raw attention: a contact sheet for each image, blocks by heads."
-    axes: ClassVar[tuple[str, ...]] = ("blocks", "heads", "rows", "cols")
 
     query: tuple[int, int] | None = option(
         None,
@@ -39,6 +38,11 @@ class RawAttention(Method):
         metavar="ROW,COL",
         parse=partial(read_patch, "--query"),
     )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of each head of each block there is a map."""
+        return ("blocks", "heads", "rows", "cols")
 
     def __post_init__(self) -> None:
         """Check that the options go together; raises ``OptionError``."""

@@ -78,7 +78,6 @@ class Features(_OfBlock):
 
     name: ClassVar[str] = "features"
     help: ClassVar[str] = "Draw patch features: principal components as colours, for all images."
-    axes: ClassVar[tuple[str, ...]] = ("channels", "rows", "cols")
 
     foreground: Foreground = option(
         Foreground.AUTO,
@@ -87,6 +86,11 @@ class Features(_OfBlock):
         "``off``: draw all.",
     )
     fitted_on: str = ""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of each channel there is a map."""
+        return ("channels", "rows", "cols")
 
     def compute(self, forward: ForwardPass, target: Target | None) -> TokenMap:
         """Return the features (batch, channels, tokens)."""

@@ -70,6 +70,10 @@ class ForwardPass:
         weights = self.layout.readout_weights(tokens)
         return weights.to(self.device, self.dtype).expand(batch, tokens)
 
+    def since(self, first: int) -> ForwardPass:
+        """Return it without the blocks before this one of those that take part."""
+        return replace(self, records=self.records[first:])
+
     def rolled_out(self, fusions: Sequence[Fusion], discard: float) -> Tensor:
         """Compute wᵀR (batch, tokens) of the fused attention of all ``records``."""
         of_blocks, readout = fusions[: len(self.blocks)], self.readout(fusions)

@@ -21,11 +21,11 @@ entry; mean fusion leaves the heads apart, since a mean of products is cheaper t
 """
 
 
-def fuse_heads(record: Attention, head_fusion: HeadFusion) -> Fusion:
-    """Fuse a block's heads by mean, max or min."""
+def fuse_heads(record: Attention, head_fusion: HeadFusion, heads: slice = slice(None)) -> Fusion:
+    """Fuse a block's heads, or some of them, by mean, max or min."""
 
     def fuse(images: slice, queries: slice) -> Tensor:
-        attention = record.probabilities(images, queries)
+        attention = record.probabilities(images, queries)[:, heads]
         if isinstance(record, MaterializedAttention):
             attention = attention.clamp_(min=0)  # talking heads can go below: nothing is gathered
         if head_fusion is HeadFusion.MEAN:
@@ -36,19 +36,22 @@ def fuse_heads(record: Attention, head_fusion: HeadFusion) -> Fusion:
     return fuse
 
 
-def fuse_with_gradient(record: Attention, output_gradient: Tensor) -> Fusion:
+def fuse_with_gradient(
+    record: Attention, output_gradient: Tensor, heads: slice = slice(None)
+) -> Fusion:
     """Fuse a block's heads by relu(mean over heads of A ⊙ ∂y/∂A).
 
     Args:
         record: The block's attention.
         output_gradient: ∂y/∂O of the same block, shaped as ``record.output``.
+        heads: Which heads take part.
     """
 
     def fuse(images: slice, queries: slice) -> Tensor:
         weighted = record.probabilities(images, queries)
         weighted *= record.probability_gradients(output_gradient, images, queries)
         # The mean first: heads that speak against the class weigh against those that speak for it.
-        return weighted.mean(dim=1, keepdim=True).relu_()
+        return weighted[:, heads].mean(dim=1, keepdim=True).relu_()
 
     return fuse
 

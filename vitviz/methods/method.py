@@ -103,7 +103,6 @@ class Method(ABC):
         is_signed: Whether relevance above 0 speaks for the class, and below 0 against it.
         colormap: Colours of its pictures by default.
         unit: What the numbers of its colour bars count.
-        axes: What its maps are laid out along.
         follows_attention: Whether its maps show where attention goes.
         needs_attention: Whether it chains or shows attention maps, which plain ViTs alone have.
         needs_attention_gradients: Whether attention outputs must be differentiable, from
@@ -119,7 +118,6 @@ class Method(ABC):
     is_signed: ClassVar[bool] = False
     colormap: ClassVar[Colormap] = Colormap.INFERNO
     unit: ClassVar[Unit] = Unit.AVERAGE
-    axes: ClassVar[tuple[str, ...]] = ("rows", "cols")
     follows_attention: ClassVar[bool] = True
     needs_attention: ClassVar[bool] = True
     needs_attention_gradients: ClassVar[bool] = False
@@ -148,6 +146,25 @@ class Method(ABC):
     def variants(cls) -> Mapping[str, Method]:
         """Return what ``evaluate`` compares of this method, by name."""
         return {cls.name: cls()}
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What its maps are laid out along."""
+        return ("rows", "cols")
+
+    @property
+    def file_name(self) -> str:
+        """What stands for it in the names of files."""
+        return self.name
+
+    @property
+    def still(self) -> Method:
+        """The method of one map, of a method whose maps are the frames of an animation."""
+        return self
+
+    def frame_name(self, position: int) -> str:
+        """Say what one frame of an animation shows, of a method that has several."""
+        return str(position)
 
     @property
     def first_block(self) -> int:

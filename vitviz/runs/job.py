@@ -11,7 +11,14 @@ from vitviz.errors import OptionError
 from vitviz.images.sources import Source
 from vitviz.methods.method import Method
 from vitviz.methods.rollout import Rollout
-from vitviz.options import Fit, OutputKind, PictureOptions, ValueRange, require_counts
+from vitviz.options import (
+    Fit,
+    OutputKind,
+    PictureFormat,
+    PictureOptions,
+    ValueRange,
+    require_counts,
+)
 from vitviz.runs.shards import Shard
 
 __all__ = ["Job", "require_parquet"]
@@ -57,6 +64,11 @@ class Job:
         require_counts(self.batch_size, self.workers)
         if OutputKind.GRAY in self.pictures.kinds:
             self.method.require_one_map()
+        is_animated, format = self.method.axes[0] == "frames", self.pictures.format
+        if is_animated and format not in (PictureFormat.GIF, PictureFormat.WEBP):
+            raise OptionError(f"--format {format} has no frames; use gif or webp with --animate")
+        if not is_animated and format is PictureFormat.GIF:
+            raise OptionError("--format gif is for --animate; use png, jpeg or webp")
 
     @property
     def destination(self) -> Path | None:

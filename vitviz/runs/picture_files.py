@@ -6,7 +6,9 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,12 +18,13 @@ from PIL import Image
 from vitviz.errors import OutputError
 from vitviz.options import PictureFormat
 
-__all__ = ["encoded", "ends_whole", "text_in"]
+__all__ = ["animated", "encoded", "ends_whole", "text_in"]
 
 Pixels = NDArray[np.uint8]
 
 _PNG_KEY = "vitviz"
 _PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every whole PNG
+_ENDS = {PictureFormat.PNG.ending: _PNG_END, PictureFormat.GIF.ending: b";"}
 _PNG_BYTES = 1 << 28  # no picture is larger
 _PNG_START = 33  # signature and header, in bytes
 _EXIF, _USER_COMMENT = 0x8769, 0x9286
@@ -29,6 +32,9 @@ _MARK = b"ASCII\0\0\0vitviz:"  # what a comment in EXIF begins with, and whose i
 _EXIF_BYTES = 65_000  # what one segment of a JPEG holds
 _QUALITY = 90  # of 100: no step of colour shows
 _LONGEST = {PictureFormat.JPEG: 65_500, PictureFormat.WEBP: 16_383}  # a side, in pixels
+_LONGEST[PictureFormat.GIF] = 65_535
+_GIF_MARK = b"vitviz:"
+_FRAME, _LAST_FRAME = 500, 1500  # milliseconds
 
 
 def encoded(pixels: Pixels, text: str, format: PictureFormat = PictureFormat.PNG) -> bytes:
@@ -44,16 +50,63 @@ def encoded(pixels: Pixels, text: str, format: PictureFormat = PictureFormat.PNG
     """
     if format is PictureFormat.PNG:
         return _png(pixels, text)
+    _require_room(pixels, text, format)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format.value, quality=_QUALITY, exif=_exif(text))
+    return buffer.getvalue()
+
+
+def animated(frames: Sequence[Pixels], text: str, format: PictureFormat) -> bytes:
+    """Encode pictures of one size (height, width, 3) as an animation without end.
+
+    Args:
+        frames: Shown one after the other, the last one for longer.
+        text: ASCII, kept in the comment of a GIF, or in the user comment of EXIF.
+        format: ``gif`` or ``webp``.
+
+    Raises:
+        OutputError: The format cannot hold the frames or the text.
+    """
+    _require_room(frames[0], text, format)
+    pictures = [Image.fromarray(frame) for frame in frames]
+    kept: dict[str, Any] = {"quality": _QUALITY}
+    if format is PictureFormat.GIF:
+        pictures = list(map(_in_palette, pictures))
+        kept = {"comment": _GIF_MARK + text.encode("ascii")}
+    else:
+        kept["exif"] = _exif(text)
+    first, *others = pictures
+    times = [_FRAME] * len(others) + [_LAST_FRAME]
+    buffer = io.BytesIO()
+    first.save(
+        *(buffer, format.value),
+        save_all=True,
+        append_images=others,
+        duration=times,
+        loop=0,
+        **kept,
+    )
+    return buffer.getvalue()
+
+
+def _in_palette(picture: Image.Image) -> Image.Image:
+    """Bring a picture to 256 colours; dithered, since heat in steps would show edges."""
+    palette = picture.quantize(256, method=Image.Quantize.FASTOCTREE)
+    return picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+
+
+def _require_room(pixels: Pixels, text: str, format: PictureFormat) -> None:
     if max(pixels.shape[:2]) > _LONGEST[format] or len(text) > _EXIF_BYTES:
         raise OutputError(
             f"a picture of {pixels.shape[1]}x{pixels.shape[0]} pixels with {len(text)} bytes of "
             f"provenance is too large for {format.value}; use --format png, or a lower --max-size"
         )
+
+
+def _exif(text: str) -> Image.Exif:
     exif = Image.Exif()
     exif.get_ifd(_EXIF)[_USER_COMMENT] = _MARK + text.encode("ascii") + b"\0"
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format.value, quality=_QUALITY, exif=exif)
-    return buffer.getvalue()
+    return exif
 
 
 def text_in(path: Path) -> str:
@@ -62,6 +115,10 @@ def text_in(path: Path) -> str:
         return _exif_text(path)
     if path.stat().st_size > _PNG_BYTES:
         raise ValueError("too large")
+    if path.suffix == PictureFormat.GIF.ending:
+        with Image.open(path, formats=["GIF"]) as image:
+            _, mark, text = image.info["comment"].partition(_GIF_MARK)
+            return str(text.decode("ascii")) if mark else ""
     with Image.open(path, formats=["PNG"]) as image:
         return str(image.info[_PNG_KEY])
 
@@ -73,8 +130,7 @@ def ends_whole(path: Path) -> bool:
         if path.suffix == PictureFormat.WEBP.ending:
             return len(start) == 12 and size >= struct.unpack("<I", start[4:8])[0] + 8
         file.seek(max(size - len(_PNG_END), 0))
-        end = _PNG_END if path.suffix == PictureFormat.PNG.ending else b"\xff\xd9"
-        return file.read().endswith(end)
+        return file.read().endswith(_ENDS.get(path.suffix, b"\xff\xd9"))
 
 
 def _exif_text(path: Path) -> str:

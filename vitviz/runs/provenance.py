@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
 from vitviz.images.stores import is_url
 from vitviz.options import OutputKind, PictureFormat
-from vitviz.runs.picture_files import encoded, ends_whole, text_in
+from vitviz.runs.picture_files import animated, encoded, ends_whole, text_in
 
 __all__ = [
     "JPEG_MARK",
@@ -83,6 +83,8 @@ def encode(explanation: Explanation, kind: OutputKind, provenance: Provenance) -
     """
     if kind is not OutputKind.NPY:
         format = kind.stored_as(explanation.pictures.format)
+        if explanation.is_animated:
+            return animated(explanation.animation(kind), _text(provenance), format)
         return encode_picture(explanation.draw(kind), provenance, format)
     buffer = io.BytesIO()
     np.save(buffer, explanation.relevance)

@@ -120,7 +120,7 @@ class Writer:
         for request in self.requests:
             for kind in self.job.pictures.kinds:
                 path = output_path(
-                    *(self.job.output, source, self.job.method.name, request, kind),
+                    *(self.job.output, source, self.job.method.file_name, request, kind),
                     self.job.pictures.format,
                 )
                 yield path, request, kind
