@@ -375,7 +375,7 @@ def columns(done: Run) -> list[str]:
 
 def test_table_names_methods_metrics_and_conventions(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
-    done = shell("evaluate", "p", *tiny)
+    done = shell("evaluate", "p", "--explain", *tiny)
     assert done.code == 0
     lines = columns(done)
     assert max(map(len, lines)) <= 80
@@ -742,7 +742,7 @@ def test_table_of_class_sensitivity_lists_methods_that_explain_a_class(
     shell: Shell, tiny: list[str]
 ) -> None:
     save_pictures(Path("p"), ["a.png", "b.png", "c.png"])
-    text = shell("evaluate", "p", *tiny).out.decode()
+    text = shell("evaluate", "p", "--explain", *tiny).out.decode()
     table = text[text.index("Class sensitivity") : text.index("* better")]
     assert "grad-rollout" in table
     assert "correlation" in table

@@ -79,18 +79,18 @@ def _tell(reporter: Reporter, evaluation: Evaluation, run: EvaluationRun) -> Non
         if run.as_json:
             reporter.write(json.dumps(evaluation.to_dict(), allow_nan=False))
         elif evaluation.images:
-            _show_tables(reporter, evaluation)
+            _show_tables(reporter, evaluation, explain=run.explain)
     except OutputError as error:  # it is measured: no reason to leave with 2
         complain(str(error), code=1)
 
 
-def _show_tables(reporter: Reporter, evaluation: Evaluation) -> None:
+def _show_tables(reporter: Reporter, evaluation: Evaluation, *, explain: bool) -> None:
     """Show methods side by side."""
     from vitviz.cli.evaluation_view import show_evaluation
 
     console = Console(highlight=False)
     with console.capture() as shown:
-        show_evaluation(evaluation, console)
+        show_evaluation(evaluation, console, explain=explain)
     if console.is_terminal:
         print(shown.get(), end="", flush=True)
     else:  # cells are padded with blanks, which a file has no use for

@@ -14,9 +14,10 @@ from vitviz.cli.rows import show_rows
 from vitviz.errors import printable
 from vitviz.evaluation.summary import Evaluation, MethodSummary, Metric
 
-__all__ = ["show_evaluation"]
+__all__ = ["show_evaluation", "verdict"]
 
 
+_NAMED = 3  # methods in a row of words
 _NOTES = """\
 * better than both baselines: no 0 in the 95 % intervals of the differences
 = the best method of the column, or not told apart from it: 0 in that interval
@@ -26,13 +27,16 @@ Where objects stand in the middle, as on most photographs, the blob in the
 centre alone points well and has a high precision: compare with its row."""
 
 
-def show_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Print methods side by side: how faithful, how well located, how sensitive to the class.
+def show_evaluation(evaluation: Evaluation, console: Console, *, explain: bool = False) -> None:
+    """Print which methods are best, in a sentence, and their numbers side by side.
 
     Args:
         evaluation: What was measured.
         console: Where to.
+        explain: Say what each number means, too.
     """
+    console.print(Text(verdict(evaluation), "bold"))
+    console.print()
     title = f"{evaluation.settings['model']}, {_images(evaluation.images)}"
     console.print(Text(printable(title), "bold"), soft_wrap=True)
     headings = {
@@ -47,11 +51,52 @@ def show_evaluation(evaluation: Evaluation, console: Console) -> None:
             console.print()
             console.print(Text(heading, "bold cyan"))
             console.print(_score_table(methods, metrics, with_cost=table == "faithfulness"))
+    console.print()
     for note in (_NOTES, _CENTRED) if evaluation.masked else (_NOTES,):
         console.print(note)
     console.print()
-    convention = {"convention": evaluation.convention.value}
-    show_rows(console, [*convention.items(), *evaluation.explanations.items()], indent=0, width=13)
+    if explain:
+        rows = {"convention": evaluation.convention.value, **evaluation.explanations}
+        show_rows(console, rows.items(), indent=0, width=13)
+    else:
+        console.print("--explain says what each number means.")
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """Say in one sentence which methods are best, and which are no better than the baselines.
+
+    The most faithful have the highest difference of insertion and deletion, the best outlines the
+    highest average precision; named with them is what is not told apart from the best.
+    """
+    methods = [each for each in evaluation.methods if not each.is_baseline]
+    if evaluation.images < 2:
+        return "One image does not tell methods apart; give several."
+    no_better = [each.name for each in methods if not each.summaries["difference"].better]
+    if len(no_better) == len(methods):
+        return "No method here beats the baselines in faithfulness."
+    said = [f"Most faithful here: {_best(methods, 'difference')}"]
+    if evaluation.masked > 1:
+        said.append(f"best outlines: {_best(methods, 'average_precision')}")
+    if no_better:
+        verb = "does" if len(no_better) == 1 else "do"
+        said.append(f"{_listed(no_better, 'and')} {verb} not beat the baselines")
+    return "; ".join(said) + "."
+
+
+def _best(methods: Sequence[MethodSummary], metric: str) -> str:
+    """Name the best method by a metric, and those that are not told apart from it."""
+    known = {each.name: each.summaries[metric] for each in methods if metric in each.summaries}
+    near = [name for name, summary in known.items() if summary.near_best]
+    near.sort(key=lambda name: known[name].interval.mean, reverse=True)
+    return _listed(near, "or") + (" (not told apart)" if len(near) > 1 else "")
+
+
+def _listed(names: Sequence[str], conjunction: str) -> str:
+    """Write "a", "a or b", "a, b or c", or of many "a, b or 3 others"."""
+    if len(names) > _NAMED:
+        names = [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} others"]
+    *first, last = names
+    return f"{', '.join(first)} {conjunction} {last}" if first else last
 
 
 def _score_table(

@@ -12,7 +12,7 @@ from vitviz.cli.completion import complete_devices, complete_methods, complete_m
 from vitviz.cli.parameters import (
     EXPLAIN,
     MODEL,
-    OUTPUT_FILES,
+    OUTPUT,
     PICTURES,
     RUNNING,
     SCRIPTING,
@@ -353,13 +353,17 @@ class EvaluationRun(SharedOptions):
             help="What is taken away, and how it is summed up.",
         ),
     ] = Convention.VITVIZ
+    explain: Annotated[
+        bool,
+        declare(OUTPUT, "--explain", help="Say below the tables what each number means."),
+    ] = False
     csv: Annotated[
         Path | None,
-        declare(OUTPUT_FILES, metavar="FILE", help="Write each map's numbers.", show_default=False),
+        declare(OUTPUT, metavar="FILE", help="Write each map's numbers.", show_default=False),
     ] = None
     plot: Annotated[
         Path | None,
-        declare(OUTPUT_FILES, metavar="FILE", help="Write the curves as PNG.", show_default=False),
+        declare(OUTPUT, metavar="FILE", help="Write the curves as PNG.", show_default=False),
     ] = None
     seed: Annotated[
         int,

@@ -16,7 +16,7 @@ from vitviz.methods.method import Method, options_of
 __all__ = [
     "EXPLAIN",
     "MODEL",
-    "OUTPUT_FILES",
+    "OUTPUT",
     "PICTURES",
     "RUNNING",
     "SCRIPTING",
@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 EXPLAIN, MODEL, PICTURES = "What to explain", "The model", "Pictures and output"
-OUTPUT_FILES, RUNNING, SCRIPTING = "Output files", "Running", "Scripting"
-_PANELS = (EXPLAIN, MODEL, PICTURES, OUTPUT_FILES, RUNNING, SCRIPTING)
+OUTPUT, RUNNING, SCRIPTING = "Output", "Running", "Scripting"
+_PANELS = (EXPLAIN, MODEL, PICTURES, OUTPUT, RUNNING, SCRIPTING)
 
 
 _Command = Callable[..., None]
