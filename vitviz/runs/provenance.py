@@ -125,6 +125,8 @@ def source_id(name: str) -> str:
 
 def is_own_jpeg(path: Path) -> bool:
     """Tell whether a file is a JPEG beside a report."""
+    if path.suffix != ".jpg" or not path.is_file():  # to open a pipe is to wait for its writer
+        return False
     try:
         with path.open("rb") as file:
             start = file.read(_JPEG_START)
