@@ -102,7 +102,7 @@ function failedCard(failure, place) {
   const card = make("div", { className: "card failed", tabIndex: 0 },
     make("span", { className: "frame" }, make("span", { className: "none" }, failure.error)),
     make("span", { className: "line" }, make("span", { className: "file", title: failure.name }, baseOf(failure.name)), make("span", { className: "mark" }, "failed")),
-    make("span", { className: "line said" }, failure.methods.join(", ")));
+    make("span", { className: "line said" }, make("span", { className: "label", title: failure.methods.join(", ") }, failure.methods.join(", "))));
   return { place, card, failure, name: failure.name, score: -2, label: "", labels: [], methods: failure.methods };
 }
 

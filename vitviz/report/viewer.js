@@ -47,6 +47,7 @@ async function showMap(place) {
   Object.assign(viewed, { map: place, block: 0, head: "mean", stored: null });
   const map = viewedMap(), mine = ++turn;
   [...find("maps").children].forEach((chip, each) => chip.setAttribute("aria-selected", each === place));
+  find("maps").children[place]?.scrollIntoView({ block: "nearest", inline: "nearest" });
   tellSettings(map);
   find("caveats").replaceChildren(...(map.caveats ?? []).map((each) => make("li", {}, word(each))));
   find("files").replaceChildren(...Object.entries(map.files).map(([kind, href]) => make("a", { href, target: "_blank", rel: "noopener" }, kind)));
