@@ -231,6 +231,65 @@ def test_folder_without_maps_is_told(shell: Shell, folder: str) -> None:
     assert list(Path("empty").iterdir()) == []
 
 
+# Opening
+
+
+@pytest.fixture
+def opener(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stand in for what opens files, and give the file that it notes them in."""
+    noted, programs = tmp_path / "opened.txt", tmp_path / "programs"
+    programs.mkdir()
+    program = programs / "xdg-open"
+    program.write_text(f'#!/bin/sh\nprintf %s "$1" > {noted}.new; mv {noted}.new {noted}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return noted
+
+
+def opened(noted: Path) -> Path:
+    for _ in range(200):
+        if noted.exists():
+            return Path(noted.read_text())
+        time.sleep(0.02)
+    raise AssertionError("nothing was opened")
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="each system opens files by a program of its own"
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it runs on
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [(["rollout", "a.png"], OUT), (["rollout", "a.png", "--report"], PAGE), (["report"], PAGE)],
+)
+def test_report_or_folder_is_opened(
+    shell: Shell, tiny: list[str], opener: Path, words: list[str], target: Path
+) -> None:
+    save_pictures(Path(), ["a.png"])
+    if words == ["report"]:
+        shell("rollout", "a.png", *tiny)
+        assert not opener.exists()
+    assert shell(*words, *(tiny if words != ["report"] else []), "--open").code == 0
+    assert opened(opener) == target.absolute()
+
+
+def test_system_that_opens_nothing_is_told_of(
+    shell: Shell, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(Path(), ["a.png"])
+    monkeypatch.setenv("PATH", "")
+    done = shell("rollout", "a.png", *tiny, "--open")
+    assert done.code == 0
+    assert "nothing here opens vitviz-out; open it elsewhere" in done.err
+
+
+def test_report_goes_by_files(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path(), ["a.png"])
+    done = shell("rollout", "a.png", *tiny, "--report", "--save", "none", "--json")
+    assert (done.code, len(done.complaints)) == (2, 1)
+    assert "--save overlay" in done.complaints[0]
+
+
 # Whose files
 
 

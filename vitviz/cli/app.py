@@ -139,11 +139,12 @@ def _report(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="The folder that maps were written to.")
     ] = Path("vitviz-out"),
+    opened: Annotated[bool, typer.Option("--open", help="Open it.")] = False,
 ) -> None:
     """Write FOLDER/report.html, a page to look at all maps in a folder. Loads no model."""
     from vitviz.cli.reporting import report_folder  # which the other commands need not know
 
-    report_folder(folder)
+    report_folder(folder, opened=opened)
 
 
 def _evaluate(run: EvaluationRun) -> None:

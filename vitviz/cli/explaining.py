@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from vitviz.cli.leaving import complain, until_reader_leaves
 from vitviz.cli.options import RunOptions, WritingRun
+from vitviz.cli.reporter import Reporter
+from vitviz.cli.reporting import open_for_people
 from vitviz.cli.signals import Interruption
 from vitviz.cli.starting import find, load, read_count, refuse_cheap_mistakes
 from vitviz.errors import ImageError, OptionError, OutputError
@@ -84,8 +87,7 @@ def explain_images(
             shown = sink.watch(shown) if sink else shown
             where = made.job.destination
             reporter.show(shown, len(sources), record, where, previews=run.show)
-            if sink:
-                reporter.say(f"report: {sink.finish()}")
+            _conclude(run, sink, reporter, where)
         except ImageError as error:  # the one that all others hang on
             complain(str(error), code=1)
         except OutputError as error:  # what went before is written: no reason to leave with 2
@@ -124,6 +126,15 @@ def _sink(run: WritingRun, method: Method) -> Sink | None:
     from vitviz.report.sink import Sink  # which other runs need not know
 
     return Sink(run.output, method.name)
+
+
+def _conclude(run: WritingRun, sink: Sink | None, reporter: Reporter, where: Path | None) -> None:
+    """Write the report and open what there is to look at, where these are asked for."""
+    page = sink.finish() if sink else None
+    if page:
+        reporter.say(f"report: {page}")
+    if run.open and (found := page or where):
+        open_for_people(found)
 
 
 def _job(run: WritingRun, method: Method) -> Job:

@@ -229,6 +229,10 @@ class WritingRun(SharedOptions):
             help="Write report.html beside the maps, a page to look at all of them in a browser.",
         ),
     ] = False
+    open: Annotated[
+        bool,
+        declare(PICTURES, "--open", help="Open the report, or else the folder, when all is done."),
+    ] = False
     skip_existing: Annotated[
         bool,
         declare(
