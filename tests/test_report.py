@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,73 @@ def test_folder_without_maps_is_told(shell: Shell, folder: str) -> None:
     assert done.code == 2
     assert len(done.complaints) == 1 and folder in done.complaints[0]
     assert list(Path("empty").iterdir()) == []
+
+
+# Tables
+
+
+TABLE = ["--records", "m.parquet", "--save", "table"]
+
+
+def table_index() -> dict[str, Any]:
+    text = Path("m.report/report.html").read_text(encoding="utf-8")
+    found = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return dict(json.loads(found[1]))
+
+
+def test_table_is_read_as_files_are(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path(), ["a.png", "b.png"])
+    Path("c.png").write_bytes(b"nothing")
+    words = ["evidence", "a.png", "b.png", "c.png", *tiny, "--fit", "crop", "--class", "tabby"]
+    shell(*words, *TABLE)
+    done = shell("report", "m.parquet")
+    assert (done.code, done.paths) == (0, ["m.report/report.html"])
+    assert not list(Path("m.parquet").glob("*[!t]"))  # whose readers would take it for a part
+    found = {each["name"]: each for each in table_index()["images"]}
+    assert list(found) == ["a.png", "b.png"]
+    assert [each["name"] for each in table_index()["failures"]] == ["c.png"]
+    assert found["a.png"]["size"] == [48, 64] and found["a.png"]["original"]
+    shell(*words, "--save", "npy", "--report")
+    (kept,) = images()["a.png"]["maps"]
+    (read,) = found["a.png"]["maps"]
+    assert {**kept, "files": {}, "picture": 0} == {**read, "picture": 0}
+    left, right = read_map(OUT, kept["id"]), read_map(Path("m.report"), read["id"])
+    assert left is not None and right is not None
+    assert replace(left, recipe={}) == replace(right, recipe={})  # region and numbers included
+    assert left.region[0] > 0
+
+
+def test_table_is_read_without_its_images(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path(), ["a.png"])
+    shell("rollout", "a.png", *tiny, *TABLE)
+    Path("a.png").unlink()
+    assert shell("report", "m.parquet").code == 0
+    (found,) = table_index()["images"]
+    assert found["size"] is None and len(found["predictions"]) == 5
+    stored = read_map(Path("m.report"), found["maps"][0]["id"])
+    assert stored is not None and [stored.size, stored.shape] == [[48, 64], [4, 4]]
+
+
+def test_table_in_the_folder_joins_the_page(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path(), ["a.png"])
+    shell("rollout", "a.png", *tiny, "--records", str(OUT / "m.parquet"))
+    shell("relevance", "a.png", *tiny, "--records", str(OUT / "m.parquet"), "--save", "table")
+    shell("report", OUT)
+    rollout, relevance = images()["a.png"]["maps"]
+    assert "overlay" in rollout["files"] and "range" not in rollout
+    assert relevance["files"] == {} and "range" in relevance
+
+
+def test_table_of_somebody_else_is_told(shell: Shell) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    Path("m.parquet").mkdir()
+    parquet.write_table(arrow.table({"a": [1]}), "m.parquet/part.parquet")
+    done = shell("report", "m.parquet")
+    assert (done.code, len(done.complaints)) == (2, 1)
+    assert "not written by vitviz" in done.complaints[0]
+    assert not Path("m.report").exists()
 
 
 # Opening

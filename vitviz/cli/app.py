@@ -137,7 +137,10 @@ def _explaining(method: type[Method]) -> Callable[..., None]:
 
 def _report(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The folder that maps were written to.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="The folder that maps were written to, or a table of --records."
+        ),
     ] = Path("vitviz-out"),
     opened: Annotated[bool, typer.Option("--open", help="Open it.")] = False,
 ) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,11 +23,13 @@ from vitviz.options import Fit, PictureOptions, ValueRange
 from vitviz.report.failures import Failure, read_failures
 from vitviz.report.files import FILES, Picture, picture_mark, put_picture
 from vitviz.report.maps import StoredMap, map_id, put_map, read_map, stored_map
+from vitviz.report.rows import Row, rows_in
 from vitviz.runs.provenance import Provenance, is_whole, read_provenance
 
-__all__ = ["FoundImage", "FoundMap", "address", "find_failures", "find_images"]
+__all__ = ["FoundImage", "FoundMap", "address", "find_images"]
 
 _SUFFIXES = (".png", ".npy", ".jpg", ".webp")
+_ANY_FILTER = Image.Resampling.NEAREST  # where what the model sees is of no use
 _PICTURES = ("overlay", "heatmap", "panel", "gray")  # what stands for a map, best first
 
 
@@ -40,12 +42,20 @@ class FoundMap:
         provenance: What made its files.
         files: Where these are, by kind.
         stored: What the page draws; None: it shows a picture as it is.
+        row: Of a table, which has no file.
     """
 
     name: str
     provenance: Provenance
     files: dict[str, Path] = field(default_factory=dict)
     stored: StoredMap | None = None
+    row: Row | None = None
+
+    @property
+    def time(self) -> float:
+        """When it was written, in seconds since 1970."""
+        times = [path.stat().st_mtime for path in self.files.values()]
+        return max([*times, *([self.row.time] if self.row else [])])
 
     @property
     def picture(self) -> Path | None:
@@ -83,39 +93,54 @@ class FoundImage:
         return self.maps[-1].provenance
 
 
-def find_images(folder: Path) -> list[FoundImage]:
+def find_images(folder: Path, table: Path | None) -> tuple[list[FoundImage], list[Failure]]:
     """Find the images whose maps are in a folder, and complete what the page needs of them.
+
+    Also return what failed in the last runs, and has no newer map.
 
     What a run with a report has kept is taken as it is. Else the numbers are read from ``.npy``
     files and the original from where it was, if it still has the same bytes; what is then lacking
-    is shown as the picture that there is.
+    is shown as the picture that there is. Rows of tables stand in where there is no file.
+
+    Args:
+        folder: Of the page.
+        table: A table outside of it; None: those that are in it.
 
     Raises:
-        OutputError: What is completed cannot be written.
+        OutputError: What is completed cannot be written, or a table cannot be read.
     """
     images: dict[str, FoundImage] = {}
+    failures = read_failures(folder)
     for path, provenance in _made_here(folder):
-        image = images.setdefault(provenance.source_id, FoundImage(source_id=provenance.source_id))
-        name = map_id(provenance)
-        known = next((each for each in image.maps if each.name == name), None)
-        if known is None:
-            known = FoundMap(name=name, provenance=provenance)
-            image.maps.append(known)
-        known.files[str(provenance.recipe.get("kind"))] = path
+        _map_of(images, provenance).files[str(provenance.recipe.get("kind"))] = path
+    for row in (row for table in _tables(folder, table) for row in rows_in(table)):
+        if row.failure is not None:
+            failures.append(row.failure)
+        elif not (known := _map_of(images, row.provenance)).files:
+            known.row, known.provenance = row, row.provenance
     for image in images.values():
         _complete(folder, image)
-    return list(images.values())
+    return list(images.values()), _not_mended(failures, images.values())
 
 
-def find_failures(folder: Path, images: list[FoundImage]) -> list[Failure]:
-    """Return what failed in the last runs, and has no newer map."""
+def _map_of(images: dict[str, FoundImage], provenance: Provenance) -> FoundMap:
+    """Return the map that a file or a row is of, a new one if it is the first."""
+    image = images.setdefault(provenance.source_id, FoundImage(source_id=provenance.source_id))
+    name = map_id(provenance)
+    known = next((each for each in image.maps if each.name == name), None)
+    if known is None:
+        known = FoundMap(name=name, provenance=provenance)
+        image.maps.append(known)
+    return known
+
+
+def _not_mended(failures: list[Failure], images: Iterable[FoundImage]) -> list[Failure]:
+    """Return what failed, and has no newer map."""
     made = {
-        (image.source_id, each.provenance.recipe.get("method")): path.stat().st_mtime
+        (image.source_id, each.provenance.recipe.get("method")): each.time
         for image in images
         for each in image.maps
-        for path in each.files.values()
     }
-    failures = read_failures(folder)
     return [each for each in failures if made.get((each.source_id, each.method), 0) < each.time]
 
 
@@ -134,6 +159,13 @@ def _made_here(folder: Path) -> Iterator[tuple[Path, Provenance]]:
                 yield path, found
 
 
+def _tables(folder: Path, table: Path | None) -> list[Path]:
+    """Return the tables to read."""
+    if table is not None:
+        return [table]
+    return sorted(each for each in folder.rglob("*.parquet") if each.is_dir())
+
+
 def _complete(folder: Path, image: FoundImage) -> None:
     """Find what the page draws of an image."""
     for each in image.maps:
@@ -144,14 +176,15 @@ def _complete(folder: Path, image: FoundImage) -> None:
         sample = _original(image.provenance)
         if sample is not None:
             put_picture(folder, image.source_id, sample.picture, sample.digest)
-            for each in filter(_lacks_numbers, image.maps):
-                each.stored = _from_npy(folder, each, sample)
+        for each in filter(_lacks_numbers, image.maps):
+            each.stored = _with_numbers(folder, each, sample)
     if not _has_picture(folder, image):
         _take_a_map(folder, image)
 
 
 def _lacks_numbers(found: FoundMap) -> bool:
-    return found.stored is None and "npy" in found.files
+    in_row = found.row is not None and found.row.relevance is not None
+    return found.stored is None and ("npy" in found.files or in_row)
 
 
 def _has_picture(folder: Path, image: FoundImage) -> bool:
@@ -180,7 +213,13 @@ def _original(provenance: Provenance) -> ImageSample | None:
 
 def _transform(recipe: dict[str, Any]) -> InputTransform:
     """Return how the image was brought to the model."""
-    expected = recipe["preprocessing"]
+    expected = recipe.get("preprocessing")
+    if expected is None:  # a row, which says itself what the model saw
+        values = ValueRange.ensure(recipe["options"].get("value_range"))
+        every = InputTransform(
+            fit=Fit.SQUASH, size=(1, 1), patch=(1, 1), resample=_ANY_FILTER, crop_pct=1
+        )
+        return replace(every, values=values)
     return InputTransform(
         fit=Fit(recipe["fit"]),
         size=tuple(expected["size"]),
@@ -191,14 +230,18 @@ def _transform(recipe: dict[str, Any]) -> InputTransform:
     )
 
 
-def _from_npy(folder: Path, found: FoundMap, sample: ImageSample) -> StoredMap | None:
-    """Keep the numbers of a file for the page, as a run with a report does."""
-    provenance = found.provenance
+def _with_numbers(folder: Path, found: FoundMap, sample: ImageSample | None) -> StoredMap | None:
+    """Keep the numbers of a file or a row for the page, as a run with a report does."""
+    provenance, row = found.provenance, found.row
     method = METHODS.get(str(provenance.recipe.get("method")))
     if method is None:  # features: they have no colours of their own
         return None
+    if row is not None:
+        sample = replace(sample or _unseen(row), region=row.region)
+    if sample is None:
+        return None
     try:
-        relevance = np.load(found.files["npy"], allow_pickle=False)
+        relevance = row.relevance if row else np.load(found.files["npy"], allow_pickle=False)
         score: dict[int | None, float] = {
             each.class_index: each.score for each in provenance.predictions
         }
@@ -212,12 +255,25 @@ def _from_npy(folder: Path, found: FoundMap, sample: ImageSample) -> StoredMap |
             versus_score=score.get(provenance.versus_index),
             diagnostics=provenance.diagnostics,
         )
-        recipe = read_provenance(found.files["npy"])
-        stored = stored_map(explanation, (recipe or provenance).recipe)
+        own = read_provenance(found.files["npy"]) if row is None else None
+        stored = stored_map(explanation, (own or provenance).recipe)
     except (OSError, ValueError, TypeError):
         return None
     put_map(folder, found.name, stored)
     return stored
+
+
+def _unseen(row: Row) -> ImageSample:
+    """Stand in for an image that is gone; its size is all that is known."""
+    black = np.broadcast_to(np.uint8(0), (*row.size, 3))
+    return ImageSample(
+        source=Source(path=Path(row.provenance.source), key=""),
+        digest=str(row.provenance.recipe["source_sha256"]),
+        pixels=black,
+        region=row.region,
+        picture=black,
+        size=row.size,
+    )
 
 
 def _take_a_map(folder: Path, image: FoundImage) -> None:

@@ -18,7 +18,7 @@ import vitviz
 from vitviz.errors import SourceError, printable
 from vitviz.options import Colormap
 from vitviz.pictures.colors import color_heat
-from vitviz.report.collecting import FoundImage, FoundMap, address, find_failures, find_images
+from vitviz.report.collecting import FoundImage, FoundMap, address, find_images
 from vitviz.report.failures import Failure
 from vitviz.report.files import FILES, GENERATOR, PAGE, Picture, prepare, put
 
@@ -38,8 +38,10 @@ def write_page(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise SourceError(f"{folder} is no folder; give the one that maps were written to")
-    images = find_images(folder)
-    failures = find_failures(folder, images)
+    table = folder if folder.suffix == ".parquet" else None
+    if table is not None:  # whose readers take every file in it for a part
+        folder = table.with_suffix(".report")
+    images, failures = find_images(folder, table)
     if not images and not failures:
         raise SourceError(
             f"no maps in {folder}; give a folder that vitviz wrote PNG or npy files to"
@@ -116,7 +118,7 @@ def _failures(failures: Iterable[Failure]) -> list[dict[str, Any]]:
 
 def _written(found: FoundMap) -> float:
     """Return when the first file of a map was written, in seconds since 1970."""
-    return next(iter(found.files.values())).stat().st_mtime
+    return found.time
 
 
 class _Words:

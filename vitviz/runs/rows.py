@@ -98,6 +98,7 @@ class RowWriter:
             "sha256": sample.digest,
             "height": sample.size[0],
             "width": sample.size[1],
+            "region": [getattr(sample.region, side) for side in ("left", "top", "right", "bottom")],
             "class_request": explanation.request,
             "predictions": [asdict(each) for each in explanation.predictions],
             "diagnostics": None if found is None else asdict(found),

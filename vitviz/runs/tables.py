@@ -17,7 +17,7 @@ from typing import Any
 from vitviz.errors import OutputError, first_line
 from vitviz.runs.writing import prepare_folder, sweep, write_own
 
-__all__ = ["RecordsTable"]
+__all__ = ["RecordsTable", "require_own"]
 
 Row = dict[str, Any]
 _Place = tuple[str, str | None, bool]  # an image's key, its class request, whether it failed
@@ -56,7 +56,7 @@ class RecordsTable:
         prepare_folder(folder, "--records")
         sweep([folder])
         for part in sorted(folder.glob("*.parquet")):
-            _require_own(part)
+            require_own(part)
             for place, recipe in _places(part, method):
                 if place[0] in keys:
                     self._replace(place)
@@ -188,6 +188,7 @@ def schema() -> Any:
     columns = [
         *((name, text) for name in ("source", "key", "sha256")),
         *((name, number) for name in ("height", "width")),
+        ("region", pa.list_(pa.float64())),
         *((name, text) for name in ("method", "class_request")),
         *about,
         ("predictions", pa.list_(pa.struct(prediction))),
@@ -202,7 +203,8 @@ def schema() -> Any:
     return pa.schema(columns, metadata={_MARK: vitviz.__version__})
 
 
-def _require_own(part: Path) -> None:
+def require_own(part: Path) -> None:
+    """Make sure that vitviz wrote a part of a table; raises ``OutputError``."""
     from pyarrow import parquet
 
     try:
