@@ -75,16 +75,19 @@ def _odd(product: Array) -> Callable[[int], int]:
 
 def spread(values: Array, grid: tuple[int, int]) -> Array:
     """Spread the values of cells over the cells of another grid by the area that they share."""
-    result = np.zeros(grid)
-    (rows, cols), (new_rows, new_cols) = values.shape, grid
-    for row in range(rows):
-        for col in range(cols):
-            for new_row in range(new_rows):
-                for new_col in range(new_cols):
-                    high = _shared(row / rows, (row + 1) / rows, new_row, new_rows)
-                    wide = _shared(col / cols, (col + 1) / cols, new_col, new_cols)
-                    result[new_row, new_col] += values[row, col] * high * rows * wide * cols
+    high, wide = (_shares(size, new) for size, new in zip(values.shape, grid, strict=True))
+    result: Array = high @ values @ wide.T
     return result
+
+
+def _shares(size: int, new_size: int) -> Array:
+    """Return which share (new_size, size) of each cell of a side lies in each new one."""
+    return np.array(
+        [
+            [_shared(cell / size, (cell + 1) / size, new, new_size) * size for cell in range(size)]
+            for new in range(new_size)
+        ]
+    )
 
 
 def _shared(begin: float, end: float, index: int, count: int) -> float:

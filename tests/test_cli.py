@@ -544,7 +544,7 @@ def command_of(record: dict[str, Any], provenance: Provenance) -> list[str]:
 def test_record_suffices_to_make_each_file_again(
     shell: Shell, tiny: list[str], words: list[str]
 ) -> None:
-    save_pictures(Path(), ["p/a.png", "p/b.png"], (50, 70))
+    save_pictures(Path(), ["p/a.png"], (50, 70))
     save = [word for kind in OutputKind for word in ("--save", kind.value)]
     done = shell(words[0], "p", *save, *tiny, *words[1:], "--json", "--batch-size", "1")
     assert done.code == 0, done.err
