@@ -10,20 +10,30 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.layers import GroupNorm1, LayerNorm2d
-from timm.models.metaformer import StarReLU
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.metaformer import MetaFormerBlock, StarReLU
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
+
+from linear_oracles import balanced
 
 Array = NDArray[np.float64]
 
 
 def stage_evidence(
-    model: nn.Module, image: Tensor, class_index: int, stages: Sequence[str]
+    model: nn.Module,
+    image: Tensor,
+    class_index: int,
+    stages: Sequence[str],
+    *,
+    balanced_blocks: slice = slice(0),
 ) -> tuple[list[Array], float]:
     """Compute Σ over channels of x ⊙ ∂y/∂x at the output of some modules.
 
@@ -32,6 +42,8 @@ def stage_evidence(
         image: (1, channels, height, width).
         class_index: y is the logit of this class.
         stages: Names of modules.
+        balanced_blocks: The blocks, of all in execution order, whose residual additions go by the
+            residual rule.
 
     Returns:
         Of each module (rows, cols), and y.
@@ -40,6 +52,9 @@ def stage_evidence(
     for part in linear.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = False
+    blocks = [part for part in linear.modules() if type(part) in _BLOCKS]
+    for block in blocks[balanced_blocks]:
+        block.forward = partial(_BLOCKS[type(block)], block)
     for part in list(linear.modules()):
         make = _frozen(part)
         if make is not None:
@@ -66,6 +81,34 @@ def stage_evidence(
         channels = outputs[name].shape[1:].index(min(outputs[name].shape[1:], key=_odd(product)))
         maps.append(product.sum(axis=channels))
     return maps, float(score.detach())
+
+
+def _add(a: Tensor, b: Tensor) -> Tensor:
+    """Add by the residual rule, whose shares keep the sum."""
+    of_a, of_b = balanced(a.detach(), b.detach())
+    return of_a * a + of_b * b
+
+
+def _swin(block: Any, x: Tensor) -> Tensor:
+    x = _add(x, block._attn(block.norm1(x)))
+    return _add(x, block.mlp(block.norm2(x)))
+
+
+def _convnext(block: Any, x: Tensor) -> Tensor:
+    made = block.mlp(block.norm(block.conv_dw(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+    return _add(x, made * block.gamma.view(-1, 1, 1))
+
+
+def _metaformer(block: Any, x: Tensor) -> Tensor:
+    x = _add(block.res_scale1(x), block.layer_scale1(block.token_mixer(block.norm1(x))))
+    return _add(block.res_scale2(x), block.layer_scale2(block.mlp(block.norm2(x))))
+
+
+_BLOCKS = {
+    SwinTransformerBlock: _swin,
+    ConvNeXtBlock: _convnext,
+    MetaFormerBlock: _metaformer,
+}
 
 
 def _odd(product: Array) -> Callable[[int], int]:

@@ -63,6 +63,7 @@ def pooling_pyramid() -> nn.Module:
 
 
 FAMILIES = [swin, convnext, pooling_pyramid]
+BLOCKS = {SwinTransformer: 6, ConvNeXt: 5, MetaFormer: 5}
 
 
 def _trained(build: Callable[[], nn.Module]) -> nn.Module:
@@ -104,10 +105,12 @@ def _pixels(model: Model) -> Tensor:
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _expected(model: Model, layout: StageLayout, image: Tensor, class_index: int) -> Any:
+def _expected(
+    model: Model, layout: StageLayout, image: Tensor, class_index: int, blocks: slice = slice(0)
+) -> Any:
     """Compute the map of each stage (stages, rows, cols), whose mean is the evidence."""
     names = [stage.module for stage in layout.stages]
-    maps, _ = stage_evidence(model.module, image, class_index, names)
+    maps, _ = stage_evidence(model.module, image, class_index, names, balanced_blocks=blocks)
     return np.stack([spread(each, layout.grid) for each in maps])
 
 
@@ -123,6 +126,20 @@ def test_evidence_equals_the_reference_and_forgets_no_stage(module: nn.Module) -
     for index in range(len(layout.stages)):
         without = np.delete(maps, index, axis=0).mean(axis=0)
         assert np.abs(without - expected).max() / np.ptp(expected) > 1e-3
+
+
+def test_residual_additions_of_all_stages_are_balanced_up_to_three_quarters(
+    module: nn.Module,
+) -> None:
+    model, layout = _loaded(module)
+    (found,) = vitviz.evidence(model, [_image()], classes=1)
+    image, blocks = _pixels(model), BLOCKS[type(module)]
+    first = 3 * blocks // 4
+    expected = _expected(model, layout, image, 1, slice(first)).mean(axis=0)
+    assert np.abs(found.relevance - expected).max() / np.ptp(expected) < 1e-5
+    for wrong in (slice(0), slice(first - 1), slice(first + 1), slice(blocks)):
+        mistaken = _expected(model, layout, image, 1, wrong).mean(axis=0)
+        assert np.abs(mistaken - expected).max() / np.ptp(expected) > 1e-3
 
 
 def test_forward_pass_is_bit_identical(module: nn.Module) -> None:
