@@ -23,6 +23,7 @@ from vitviz.explaining.grids import Explanations
 from vitviz.explaining.grids import grid as grid_of
 from vitviz.explaining.samples import Explained, Failed, images_at_once, input_transform
 from vitviz.images.decoding import read_file
+from vitviz.images.remarks import Tally
 from vitviz.images.samples import ImageSample, load_sample, sample_of
 from vitviz.images.sources import Source
 from vitviz.methods.method import ClassMethod, Method, options_of
@@ -185,20 +186,22 @@ def explain(
         batch_size=batch_size,
         warn=warn,
     )
-    return _maps_of(count_caveats(explained, warn_of_maps), skip=errors == "skip")
+    return _maps_of(explained, skip=errors == "skip")
 
 
 def _maps_of(items: Iterable[Explained | Failed], *, skip: bool) -> list[Explanation]:
     """Gather the maps; at an image that failed, raise, or skip it and warn in the end."""
     explanations = Explanations()
     failed: list[Failed] = []
-    for item in items:
+    tally = Tally()
+    for item in count_caveats(items, tally):
         if isinstance(item, Explained):
             explanations += item.maps
         elif skip:
             failed.append(item)
         else:
             raise ImageError(f"{item.source.name} {item.error}")
+    tally.tell(warn_of_maps)
     _warn_of_failures(failed)
     return explanations
 

@@ -60,7 +60,7 @@ def compare_images(run: CompareRun) -> None:
     def plan(model: Model, sources: Sequence[Source], job: Job) -> Plan:
         from vitviz.explaining.comparing import compared
 
-        def finish(items: Iterator[Item]) -> Iterator[Item]:
+        def finish(model: Model, items: Iterator[Item]) -> Iterator[Item]:
             return compared(model, items, comparison, job.pictures, job.batch_size)
 
         return Plan(job, finish)

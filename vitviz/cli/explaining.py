@@ -38,11 +38,11 @@ class Plan:
 
     Attributes:
         job: What to do with each image.
-        finish: What is done to each before it is written.
+        finish: What is done to each before it is written; None: nothing.
     """
 
     job: Job
-    finish: Callable[[Iterator[Item]], Iterator[Item]] = iter
+    finish: Callable[[Model, Iterator[Item]], Iterator[Item]] | None = None
 
 
 def explain_images(
@@ -78,7 +78,7 @@ def explain_images(
             made = plan(model, found.sources, job)
             results = pipeline.run(
                 *(model, found.sources, made.job),
-                finish=made.finish,
+                finish=made.finish or pipeline.unfinished,
                 beside=sink.keep if sink else None,
                 warn=warn,
             )

@@ -71,7 +71,7 @@ def draw_features(run: FeaturesRun, **values: Any) -> None:
     def plan(model: Model, sources: Sequence[Source], job: Job) -> Plan:
         from vitviz.runs.features import Coloring
 
-        coloring = Coloring(model, sources, method, job)
+        coloring = Coloring.of(sources, method, job)
         return Plan(coloring.job, coloring.finish)
 
     method = method_from(Features, values)

@@ -43,6 +43,11 @@ class Tally:
             self._counts[key] += 1
             self._first.setdefault(key, (name, remark.why))
 
+    def update(self, other: Tally) -> None:
+        """Add what another one has counted."""
+        self._counts.update(other._counts)
+        self._first = {**other._first, **self._first}
+
     def tell(self, warn: Callable[[str], None]) -> None:
         """Say once for each reason how many there were, and which was the first."""
         for (what, unit), count in self._counts.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from vitviz.errors import ImageError
@@ -37,47 +37,46 @@ class Coloring:
     They are fitted when the first image needs them: not at all where all files are there.
 
     Attributes:
-        model: The model.
-        sources: The images.
+        chosen: The images that they are fitted on.
         method: How features are computed.
         given: What to do with them.
     """
 
-    model: Model
-    sources: Sequence[Source]
+    chosen: Sequence[Source]
     method: Features
     given: Job
+    _fitted: list[ColorSpace] = field(default_factory=list)  # once a process, by whichever part
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], method: Features, given: Job) -> Coloring:
+        """Choose images of a run."""
+        return cls([sources[each] for each in spread(len(sources))], method, given)
 
     @cached_property
     def job(self) -> Job:
         """What to do, with the digest of what colours are fitted on: it decides the pictures."""
         digest = hashlib.sha256()
-        for source in self._chosen:
+        for source in self.chosen:
             try:
                 digest.update(read_file(source).digest.encode())
             except (ImageError, MemoryError):  # it fails in its turn
                 digest.update(b"unreadable")
         return replace(self.given, method=replace(self.method, fitted_on=digest.hexdigest()))
 
-    def finish(self, items: Iterable[Item]) -> Iterator[Item]:
+    def finish(self, model: Model, items: Iterable[Item]) -> Iterator[Item]:
         """Give each image that is explained its colours."""
-        colors = None
         for item in items:
             if isinstance(item, Explained):
-                colors = colors or self._fitted(item)
-                maps = tuple(replace(each, colors=colors) for each in item.maps)
+                if not self._fitted:
+                    self._fitted.append(self._fit(model, item))
+                maps = tuple(replace(each, colors=self._fitted[0]) for each in item.maps)
                 item = replace(item, maps=maps)
             yield item
 
-    @property
-    def _chosen(self) -> list[Source]:
-        return [self.sources[each] for each in spread(len(self.sources))]
-
-    def _fitted(self, first: Explained) -> ColorSpace:
+    def _fit(self, model: Model, first: Explained) -> ColorSpace:
         """Fit colours; on the first image that can be read where none of those chosen can be."""
-        chosen = self._chosen
-        explained = _explained(self.model, chosen, self.method, self.given)
-        patches = patches_in(explained, len(chosen)) or patches_in([first], 1)
+        explained = _explained(model, self.chosen, self.method, self.given)
+        patches = patches_in(explained, len(self.chosen)) or patches_in([first], 1)
         return fit_colors(self.method, patches)
 
 

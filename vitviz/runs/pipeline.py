@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -31,16 +32,49 @@ from vitviz.models.model import Model
 from vitviz.options import Fit
 from vitviz.runs.job import Job
 from vitviz.runs.records import Result, Writer, failure
-from vitviz.runs.rows import RowWriter
+from vitviz.runs.rows import RowWriter, open_table
 from vitviz.runs.writing import sweep
 from vitviz.streaming import map_ahead, stop_with, worker_threads
 
-__all__ = ["Item", "count_caveats", "run"]
+__all__ = [
+    "Beside",
+    "Finish",
+    "Item",
+    "Setup",
+    "set_up",
+    "count_caveats",
+    "explained",
+    "run",
+    "unfinished",
+    "up_to_fatal_error",
+]
 
 _READERS = 16  # threads that wait for stores, far more than there are cores
 
 _Other = TypeVar("_Other")
 Item = Explained | Failed | Result
+Finish = Callable[[Model, Iterator[Item]], Iterator[Item]]
+Beside = Callable[[Writer, ImageSample, Sequence[Explanation]], None]
+
+
+def unfinished(model: Model, items: Iterator[Item]) -> Iterator[Item]:
+    """Leave images as they are before they are written."""
+    return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a process needs for any part of a run, beside the model; it can be pickled.
+
+    Attributes:
+        writer: Writes the files, and knows what to do with each image.
+        transform: How images are brought to the model's size.
+        finish: What is done to each image that is explained before it is written.
+    """
+
+    writer: Writer
+    transform: InputTransform
+    finish: Finish
 
 
 def run(
@@ -48,8 +82,8 @@ def run(
     sources: Sequence[Source],
     job: Job,
     *,
-    finish: Callable[[Iterator[Item]], Iterator[Item]] = iter,
-    beside: Callable[[Writer, ImageSample, Sequence[Explanation]], None] | None = None,
+    finish: Finish = unfinished,
+    beside: Beside | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Generator[Result, None, None]:
     """Explain images and write their maps, yielding one result an image in the order given.
@@ -65,33 +99,82 @@ def run(
         warn: Is told what the user should know while the work goes on.
 
     Raises:
-        VitvizError: The options do not fit the model, or the model cannot be explained; an image
-            that fails is a result, not an error.
-        SourceError: An output would overwrite a source.
+        VitvizError: As for ``set_up``; an image that fails is a result, not an error.
         OutputError: Nothing can be written any more, as on a full disk: of ten thousand images all
             would fail alike, each after the model has run for it.
+    """
+    setup, sources = set_up(model, sources, job, finish=finish, beside=beside)
+    tally = Tally()
+    with ExitStack() as room:
+        rows = (
+            room.enter_context(closing(open_table(setup.writer, sources))) if job.records else None
+        )
+        yield from up_to_fatal_error(explained(model, setup, sources, rows, tally, warn))
+    tally.tell(warn)
+
+
+def set_up(
+    model: Model,
+    sources: Sequence[Source],
+    job: Job,
+    *,
+    finish: Finish,
+    beside: Beside | None,
+) -> tuple[Setup, Sequence[Source]]:
+    """Make sure that a run makes sense, and clear up behind earlier ones.
+
+    Args:
+        model: As for ``run``, like all others.
+        sources: All images.
+        job: What to do with them.
+        finish: What is done before they are written.
+        beside: What is given them then.
+
+    Returns:
+        What its processes need, and the images that the job's shard holds.
+
+    Raises:
+        VitvizError: The options do not fit the model, or the model cannot be explained.
+        SourceError: An output would overwrite a source.
     """
     requests = tuple(request.key for request in class_requests(model, job.method)) or (None,)
     if job.fit is not Fit.NATIVE:  # there, each shape has a grid of its own
         job.method.require_grid(model.layout.grid)
     transform = input_transform(model, job.fit, job.value_range)
     writer = Writer(model=model.record, job=job, requests=requests, beside=beside)
-    sources = _own_part(writer, sources)
+    return Setup(writer=writer, transform=transform, finish=finish), _own_part(writer, sources)
+
+
+def explained(
+    model: Model,
+    setup: Setup,
+    sources: Sequence[Source],
+    rows: RowWriter | None,
+    tally: Tally,
+    warn: Callable[[str], None],
+) -> Generator[Result, None, None]:
+    """Explain images and write what belongs to them, yielding one result an image, in order.
+
+    Args:
+        model: The model; it is left as it was.
+        setup: What to do.
+        sources: The images.
+        rows: Where their rows go, if they have any.
+        tally: Counts what may mislead.
+        warn: As for ``run``.
+    """
+    writer, job = setup.writer, setup.writer.job
     batch_size = job.batch_size or images_at_once(model)
-    rows = RowWriter(writer, sources) if job.records else None
     depth = 2 * batch_size  # how far each stage may be ahead: enough for the model to have a batch
     with ExitStack() as room:
-        if rows:
-            room.enter_context(closing(rows))
         pool = room.enter_context(worker_threads(job.workers))
         files = _files(room, partial(_read, writer, rows), sources, depth)
-        prepared = map_ahead(pool, partial(_load, job, transform), files, depth)
-        explained = explain_samples(
+        prepared = map_ahead(pool, partial(_load, job, setup.transform), files, depth)
+        maps = explain_samples(
             model, prepared, job.method, pictures=job.pictures, batch_size=batch_size, warn=warn
         )
-        told = count_caveats(finish(explained), warn)
-        written = map_ahead(pool, partial(_write, writer, rows), told, depth, drain=True)
-        yield from _up_to_fatal_error(written)
+        counted = count_caveats(setup.finish(model, maps), tally)
+        yield from map_ahead(pool, partial(_write, writer, rows), counted, depth, drain=True)
 
 
 def _own_part(writer: Writer, sources: Sequence[Source]) -> Sequence[Source]:
@@ -104,10 +187,9 @@ def _own_part(writer: Writer, sources: Sequence[Source]) -> Sequence[Source]:
 
 
 def count_caveats(
-    items: Iterable[Explained | _Other], warn: Callable[[str], None]
+    items: Iterable[Explained | _Other], tally: Tally
 ) -> Iterator[Explained | _Other]:
-    """Pass items on, and say at the end, once for each reason, what may mislead in how many."""
-    tally = Tally()
+    """Pass items on, and count what may mislead in them."""
     for item in items:
         if isinstance(item, Explained):
             name = item.sample.source.name
@@ -116,7 +198,6 @@ def count_caveats(
                 found = (Remark(*caveat.value) for caveat in explanation.caveats())
                 tally.add(found, "map", name)
         yield item
-    tally.tell(warn)
 
 
 def _files(
@@ -176,7 +257,7 @@ def _write(writer: Writer, rows: RowWriter | None, item: Item) -> Result:
     return rows.add(maps, result) if rows else result
 
 
-def _up_to_fatal_error(
+def up_to_fatal_error(
     results: Generator[Result, None, None],
 ) -> Generator[Result, None, None]:
     """Pass results on until one meets what the others would meet too; it alone tells of that."""

@@ -3,48 +3,74 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from vitviz.errors import OutputError
 from vitviz.explaining.explanation import Explanation
 from vitviz.images.decoding import ImageFile
 from vitviz.images.sources import Source
+from vitviz.runs.job import Job
 from vitviz.runs.records import Result, Writer, run_record
 from vitviz.runs.tables import RecordsTable
 from vitviz.runs.writing import fatal_write_error
 
-__all__ = ["RowWriter"]
+__all__ = ["RowWriter", "open_table", "spelled"]
 
 _Row = dict[str, Any]
+
+
+class Table(Protocol):
+    """Where rows go."""
+
+    def has(self, key: str, request: str | None, recipe: str) -> bool:
+        """Tell whether a map's row is there, made by this recipe."""
+
+    def add(self, rows: Iterable[_Row]) -> None:
+        """Add rows; from any thread."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+def table_folder(job: Job) -> Path:
+    """Return where the table of a job is that has one."""
+    if job.records is None:
+        raise ValueError("the job names no table")
+    return job.records
+
+
+def open_table(writer: Writer, sources: Sequence[Source]) -> RowWriter:
+    """Open the table that a job names, to add rows of these images.
+
+    Raises:
+        OutputError: The table cannot be written to, or is none of vitviz's.
+    """
+    keys = {spelled(each.key) for each in sources}
+    job = writer.job
+    return RowWriter(writer, RecordsTable(table_folder(job), job.method.name, keys))
 
 
 class RowWriter:
     """Writes rows for what becomes of images, and knows which are there already."""
 
-    def __init__(self, writer: Writer, sources: Sequence[Source]) -> None:
-        """Open the table that the job names.
+    def __init__(self, writer: Writer, table: Table) -> None:
+        """Begin with no row.
 
         Args:
             writer: Writes the images' files, and knows the recipe of each map.
-            sources: The images.
-
-        Raises:
-            OutputError: The table cannot be written to, or is none of vitviz's.
+            table: Where the rows go.
         """
-        job, record = writer.job, run_record(writer.model, writer.job)
-        if job.records is None:
-            raise ValueError("the job names no table")
-        self._writer, self._folder = writer, job.records
-        keys = {_spelled(each.key) for each in sources}
-        self._table = RecordsTable(job.records, job.method.name, keys)
+        record = run_record(writer.model, writer.job)
+        self._writer, self._table = writer, table
         run = record["run"]
         self._common: _Row = {
             "method": run["method"],
             "score_kind": record["score_kind"],
             "model": run["model"],
-            "weights": _spelled(str(run["weights"]["source"])),
+            "weights": spelled(str(run["weights"]["source"])),
             "weights_sha256": run["weights"]["sha256"],
             "versions": json.dumps(run["versions"]),
             "options": json.dumps(run["options"]),
@@ -55,7 +81,7 @@ class RowWriter:
 
         Its files must be there, too, but are not read.
         """
-        writer, key = self._writer, _spelled(file.source.key)
+        writer, key = self._writer, spelled(file.source.key)
         there = all(
             self._table.has(key, request, writer.row_recipe(file.digest, request))
             for request in writer.requests
@@ -78,7 +104,8 @@ class RowWriter:
         try:
             self._table.add(rows)
         except OutputError as error:
-            fatal = fatal_write_error(self._folder, error, "--records")
+            folder = table_folder(self._writer.job)
+            fatal = fatal_write_error(folder, error, "--records")
             return replace(result, status="failed", error=str(error), fatal_write_error=fatal)
         return result
 
@@ -102,7 +129,7 @@ class RowWriter:
             "class_request": explanation.request,
             "predictions": [asdict(each) for each in explanation.predictions],
             "diagnostics": None if found is None else asdict(found),
-            "files": [_spelled(str(each.path)) for each in outputs],
+            "files": [spelled(str(each.path)) for each in outputs],
             "recipe": self._writer.row_recipe(sample.digest, explanation.request),
         }
         for name in ("class", "versus"):
@@ -114,10 +141,10 @@ class RowWriter:
         return row
 
     def _of_source(self, source: Source) -> _Row:
-        path = _spelled(source.name)
-        return {"source": path, "key": _spelled(source.key), **self._common}
+        path = spelled(source.name)
+        return {"source": path, "key": spelled(source.key), **self._common}
 
 
-def _spelled(text: str) -> str:
+def spelled(text: str) -> str:
     r"""Return a path as text that every table takes: bytes that are no UTF-8 become ``\xff``."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
