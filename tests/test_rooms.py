@@ -46,6 +46,7 @@ TORCHLESS = (
     *("runs.provenance", "runs.writing"),
     *(
         "methods.table",
+        "runs.cluster",
         "runs.job",
         "runs.shards",
         "runs.tables",
@@ -54,6 +55,7 @@ TORCHLESS = (
         "images.lists",
         "evaluation.options",
         "cli.options",
+        "cli.evaluation_options",
         "cli.parameters",
         "cli.explaining",
     ),

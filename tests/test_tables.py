@@ -366,7 +366,7 @@ def test_run_without_a_table_imports_no_pyarrow(tmp_path: Path) -> None:
         "import sys; from vitviz.cli.app import main\n"
         "try: main(['rollout', 'a.png', '-m', 'demo'])\n"
         "except SystemExit as left: assert left.code == 0\n"
-        "assert not {'pyarrow', 'fsspec.core'} & set(sys.modules), sys.modules.keys()"
+        "assert not {'pyarrow', 'fsspec.core', 'ray'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120,
                    env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip

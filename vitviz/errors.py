@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "CaptureError",
+    "ClusterError",
     "DeviceError",
     "ImageError",
     "LabelError",
@@ -66,6 +67,10 @@ class ImageError(VitvizError):
 
 class OutputError(VitvizError):
     """A result cannot be written where it belongs."""
+
+
+class ClusterError(VitvizError):
+    """Ray's cluster cannot be reached, or its actors cannot work."""
 
 
 def reason(error: VitvizError | MemoryError) -> str:

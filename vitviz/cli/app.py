@@ -17,11 +17,12 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 import vitviz
 from vitviz.cli.comparing import CompareRun, compare_images
 from vitviz.cli.completion import complete_models
+from vitviz.cli.evaluation_options import EvaluationRun
 from vitviz.cli.explaining import explain_images
 from vitviz.cli.features import FeaturesRun, SimilarityRun, draw_features, draw_similarity
 from vitviz.cli.leaving import complain, forget, until_reader_leaves
 from vitviz.cli.mistakes import describe_mistake, refuse_one_dash
-from vitviz.cli.options import MODEL_HELP, EvaluationRun, ImgSizeOption, RunOptions
+from vitviz.cli.options import MODEL_HELP, ImgSizeOption, RunOptions
 from vitviz.cli.parameters import method_from, method_parameters, with_options
 from vitviz.cli.starting import importing, read_size, require_known
 from vitviz.cli.surroundings import make_do

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 from rich.console import Console
 
+from vitviz.cli.evaluation_options import EvaluationRun
 from vitviz.cli.leaving import complain, until_reader_leaves
-from vitviz.cli.options import EvaluationRun
 from vitviz.cli.signals import Interruption
 from vitviz.cli.starting import find, load, read_count, refuse_cheap_mistakes
 from vitviz.errors import OptionError, OutputError

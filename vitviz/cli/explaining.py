@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,10 +18,11 @@ from vitviz.cli.reporter import Reporter
 from vitviz.cli.reporting import open_for_people
 from vitviz.cli.signals import Interruption
 from vitviz.cli.starting import find, load, read_count, refuse_cheap_mistakes
-from vitviz.errors import ImageError, OptionError, OutputError
+from vitviz.errors import ClusterError, ImageError, OptionError, OutputError
 from vitviz.methods.method import Method
 from vitviz.options import OutputKind, PictureFormat, PictureOptions, Saved, ValueRange
-from vitviz.runs.job import Job, require_parquet
+from vitviz.runs.cluster import Actors, joined, require_ray
+from vitviz.runs.job import Engine, Job, require_parquet
 from vitviz.runs.shards import Shard
 
 if TYPE_CHECKING:  # these rooms load torch
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # these rooms load torch
     from vitviz.models.model import Model
     from vitviz.report.sink import Sink
     from vitviz.runs.pipeline import Item
+    from vitviz.runs.records import Result
 
 __all__ = ["Plan", "explain_images"]
 
@@ -61,38 +64,65 @@ def explain_images(
 
     job = _job(run, method)
     _require_previews(run, job.pictures)
+    _require_engine(run)
     found = find(run)
     sources = _own_part(run, job, found.sources)
     refuse_cheap_mistakes(run, sources, method)
     if job.pictures.kinds:
         prepare_folder(run.output)
     sink = _sink(run, method)
-    reporter, model = load(run, found)
+    with _cluster(run) as actors:
+        here = replace(run, device="cpu") if actors else run
+        reporter, model = load(here, found, f"Using Ray: {actors}" if actors else "")
 
-    from vitviz.runs import pipeline
-    from vitviz.runs.records import run_record
+        from vitviz.runs.records import run_record
 
-    with until_reader_leaves(), Interruption() as interruption:
-        try:
-            warn = partial(reporter.say, style="yellow")
-            made = plan(model, found.sources, job)
-            results = pipeline.run(
-                *(model, found.sources, made.job),
-                finish=made.finish or pipeline.unfinished,
-                beside=sink.keep if sink else None,
-                warn=warn,
-            )
-            shown = interruption.between(results)
-            record = run_record(model.record, made.job)
-            shown = sink.watch(shown) if sink else shown
-            where = made.job.destination
-            reporter.show(shown, len(sources), record, where, previews=run.show)
-            _conclude(run, sink, reporter, where)
-        except ImageError as error:  # the one that all others hang on
-            complain(str(error), code=1)
-        except OutputError as error:  # what went before is written: no reason to leave with 2
-            complain(str(error), code=1)
+        with until_reader_leaves(), Interruption() as interruption:
+            try:
+                made = plan(model, found.sources, job)
+                beside = sink.keep if sink else None
+                warn = partial(reporter.say, style="yellow")
+                results = _run(made, model, found.sources, actors, beside=beside, warn=warn)
+                shown = interruption.between(results)
+                record = run_record(model.record, made.job)
+                shown = sink.watch(shown) if sink else shown
+                where = made.job.destination
+                reporter.show(shown, len(sources), record, where, previews=run.show)
+                _conclude(run, sink, reporter, where)
+            except (ClusterError, ImageError, OutputError) as error:
+                complain(str(error), code=1)  # what went before is written: not 2
     raise typer.Exit(int(reporter.failed))
+
+
+def _cluster(run: WritingRun) -> AbstractContextManager[Actors | None]:
+    """Return the cluster that does the work, to be joined; None: this process does it."""
+    if run.engine is Engine.LOCAL:
+        return nullcontext()
+    return joined(run.ray_address, read_count(run.actors, "--actors"), run.device)
+
+
+def _run(
+    made: Plan, model: Model, sources: Sequence[Source], actors: Actors | None, **given: Any
+) -> Generator[Result, None, None]:
+    """Start the work, here or on a cluster."""
+    from vitviz.runs import pipeline
+
+    given["finish"] = made.finish or pipeline.unfinished
+    if actors is None:
+        return pipeline.run(model, sources, made.job, **given)
+    from vitviz.runs import ray_engine  # which other runs need not know
+
+    return ray_engine.run(model, sources, made.job, actors=actors, **given)
+
+
+def _require_engine(run: WritingRun) -> None:
+    """Make sure that what shall do the work is there, and that no other has been given options."""
+    if run.engine is Engine.RAY:
+        require_ray()
+    elif given := "--ray-address" * (run.ray_address is not None) or "--actors" * (
+        read_count(run.actors, "--actors") is not None
+    ):
+        raise OptionError(f"{given} is for clusters; add --engine ray")
 
 
 def _own_part(run: WritingRun, job: Job, sources: Sequence[Source]) -> Sequence[Source]:

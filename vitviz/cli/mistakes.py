@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
-from vitviz.cli.options import EvaluationRun, RunOptions
+from vitviz.cli.evaluation_options import EvaluationRun
+from vitviz.cli.options import RunOptions
 from vitviz.errors import OptionError
 from vitviz.methods.features import Features, Similarity
 from vitviz.methods.table import METHODS

@@ -125,8 +125,14 @@ def require_known(model: str) -> dict[str, Any]:
     return known.get(require_name(model, known), {}) if known else {}
 
 
-def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
-    """Say what the work begins with, and load the model; only now torch, after all mistakes."""
+def load(run: SharedOptions, found: Found, workplace: str = "") -> tuple[Reporter, Model]:
+    """Say what the work begins with, and load the model; only now torch, after all mistakes.
+
+    Args:
+        run: The options.
+        found: The images.
+        workplace: Where the work will be done; empty: on the device.
+    """
     from vitviz.cli.reporter import Reporter
 
     img_size = read_size(run.img_size)
@@ -138,7 +144,7 @@ def load(run: SharedOptions, found: Found) -> tuple[Reporter, Model]:
         from vitviz.models.model import load_model
         from vitviz.models.prompts import phrases
 
-    reporter.say(describe_device(select_device(run.device)))
+    reporter.say(workplace or describe_device(select_device(run.device)))
     name = run.model or (DEFAULT if run.weights is None else run.weights.name)
     with reporter.waiting(f"loading {name} …"):
         model = load_model(

@@ -17,11 +17,19 @@ from vitviz.options import (
     PictureFormat,
     PictureOptions,
     ValueRange,
+    Word,
     require_counts,
 )
 from vitviz.runs.shards import Shard
 
-__all__ = ["Job", "require_parquet"]
+__all__ = ["Engine", "Job", "require_parquet"]
+
+
+class Engine(Word):
+    """What runs a job."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,9 +106,10 @@ def run(
     setup, sources = set_up(model, sources, job, finish=finish, beside=beside)
     tally = Tally()
     with ExitStack() as room:
-        rows = (
-            room.enter_context(closing(open_table(setup.writer, sources))) if job.records else None
-        )
+        rows = None
+        if job.records:
+            table = room.enter_context(closing(open_table(setup.writer, sources)))
+            rows = RowWriter(setup.writer, table)
         yield from up_to_fatal_error(explained(model, setup, sources, rows, tally, warn))
     tally.tell(warn)
 

@@ -17,7 +17,7 @@ from vitviz.runs.records import Result, Writer, run_record
 from vitviz.runs.tables import RecordsTable
 from vitviz.runs.writing import fatal_write_error
 
-__all__ = ["RowWriter", "open_table", "spelled"]
+__all__ = ["RowWriter", "open_table", "spelled", "table_folder"]
 
 _Row = dict[str, Any]
 
@@ -42,7 +42,7 @@ def table_folder(job: Job) -> Path:
     return job.records
 
 
-def open_table(writer: Writer, sources: Sequence[Source]) -> RowWriter:
+def open_table(writer: Writer, sources: Sequence[Source]) -> RecordsTable:
     """Open the table that a job names, to add rows of these images.
 
     Raises:
@@ -50,7 +50,7 @@ def open_table(writer: Writer, sources: Sequence[Source]) -> RowWriter:
     """
     keys = {spelled(each.key) for each in sources}
     job = writer.job
-    return RowWriter(writer, RecordsTable(table_folder(job), job.method.name, keys))
+    return RecordsTable(table_folder(job), job.method.name, keys)
 
 
 class RowWriter:

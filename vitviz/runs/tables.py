@@ -10,14 +10,14 @@ import secrets
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitviz.errors import OutputError, first_line
 from vitviz.runs.writing import prepare_folder, sweep, write_own
 
-__all__ = ["RecordsTable", "require_own"]
+__all__ = ["BlockTable", "RecordsTable", "part_name", "require_own"]
 
 Row = dict[str, Any]
 _Place = tuple[str, str | None, bool]  # an image's key, its class request, whether it failed
@@ -66,6 +66,23 @@ class RecordsTable:
         """Tell whether a map's row is there, made by this recipe."""
         return self._there.get((key, request, False), ("",))[0] == recipe
 
+    def recipe(self, key: str, request: str | None) -> str | None:
+        """Return by which recipe a map's row was made; None where it is not there."""
+        return self._there.get((key, request, False), (None,))[0]
+
+    def replaced(self, key: str, requests: Iterable[str | None], *, failed: bool) -> None:
+        """Note that rows of an image are there that another process has written.
+
+        Args:
+            key: The image's.
+            requests: Of its maps.
+            failed: Whether it is one row, which says why there is no map.
+        """
+        with self._lock:
+            for request in () if failed else requests:
+                self._replace((key, request, False))
+            self._replace((key, None, True))
+
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows; from any thread.
 
@@ -74,9 +91,8 @@ class RecordsTable:
         """
         with self._lock:
             self._rows += rows
-            values = sum(len(row.get("relevance", ())) for row in self._rows[:1]) * len(self._rows)
             old = self._part is not None and self._part.age > _PART_SECONDS
-            if len(self._rows) >= _GROUP_ROWS or values >= _GROUP_VALUES or old:
+            if old or _fill_a_group(self._rows):
                 self._write_group()
             elif self._part is None:
                 self._part = _Part(schema())
@@ -104,8 +120,7 @@ class RecordsTable:
     def _finish_part(self) -> None:
         part, self._part = self._part, None
         if part and part.rows:
-            # In the order of their names, what is newer comes later.
-            name = f"part-{time.time_ns():020}-{secrets.token_hex(4)}.parquet"
+            name = part_name(time.time_ns(), secrets.token_hex(4))
             write_own(self._folder / name, part.finish(), lambda path: False)
             for place in part.places:  # only now: until then, old rows are all there are
                 self._replace(place)
@@ -116,6 +131,64 @@ class RecordsTable:
         if place in self._there:
             _, part = self._there.pop(place)
             self._replaced[part].add(place)
+
+
+class BlockTable:
+    """The rows of some images of a run, for the process that works on these: one part of a table.
+
+    A process that works on them once more, because the first one died or was taken for dead, writes
+    the same part: no row is there twice.
+    """
+
+    def __init__(self, path: Path, recipes: Mapping[tuple[str, str | None], str]) -> None:
+        """Begin with no row.
+
+        Args:
+            path: Of the part.
+            recipes: By which recipe the rows were made that are there already, by key and request.
+        """
+        self._path, self._recipes = path, recipes
+        self._lock = threading.Lock()
+        self._rows: list[Row] = []
+        self._part: _Part | None = None
+
+    def has(self, key: str, request: str | None, recipe: str) -> bool:
+        """Tell whether a map's row is there, made by this recipe."""
+        return self._recipes.get((key, request)) == recipe
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add rows; from any thread."""
+        with self._lock:
+            self._rows += rows
+            if _fill_a_group(self._rows):
+                self._write_group()
+
+    def close(self) -> None:
+        """Write the part.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        if self._rows:
+            self._write_group()
+        if self._part:
+            write_own(self._path, self._part.finish(), lambda path: True)
+
+    def _write_group(self) -> None:
+        self._part = self._part or _Part(schema())
+        self._part.write(self._rows)
+        self._rows = []
+
+
+def _fill_a_group(rows: Sequence[Row]) -> bool:
+    """Tell whether rows are enough for one write."""
+    values = sum(len(row.get("relevance", ())) for row in rows[:1]) * len(rows)
+    return len(rows) >= _GROUP_ROWS or values >= _GROUP_VALUES
+
+
+def part_name(nanoseconds: int, token: str) -> str:
+    """Return the name of a part; in the order of their names, what is newer comes later."""
+    return f"part-{nanoseconds:020}-{token}.parquet"
 
 
 class _Part:
