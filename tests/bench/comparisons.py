@@ -14,7 +14,7 @@ from tests.bench import runs
 from tests.bench.figures import Figure, Goal, Report, Setting
 from tests.bench.photographs import photographs
 from tests.bench.rounds import MEGABYTE, alternate, peak
-from tests.bench.subject import backward, build, forward, images_for
+from tests.bench.subject import NAME, backward, build, forward, images_for
 from vitviz.explaining.batch import explain_batch
 from vitviz.explaining.parallel import map_parts
 from vitviz.methods.method import Method
@@ -34,6 +34,7 @@ def overhead(
     *,
     plain: _Pass = forward,
     goal: Goal | None = None,
+    name: str = NAME,
     device: str = "cpu",
 ) -> Report:
     """Compare a batch of maps with plain passes of the same batch.
@@ -41,7 +42,7 @@ def overhead(
     On a processor vitviz works on parts of a batch side by side, from which plain passes gain,
     too: a second figure compares with those.
     """
-    module = build(device=device).requires_grad_(False)
+    module = build(name, device=device).requires_grad_(False)
     images = images_for(BATCH, device=device)
     model = vitviz.load_model(module)
     run = partial(plain, module)
@@ -51,7 +52,8 @@ def overhead(
         side_by_side=lambda: map_parts(run, images, tokens=model.layout.tokens),
         vitviz=lambda: explain_batch(model, images, options),
     )
-    label = f"{_described(options)}, batch {BATCH} ÷ {_named(plain)}{_on(device)}"
+    of_model = "" if name == NAME else f" of {name.partition('_patch')[0]}"
+    label = f"{_described(options)}{of_model}, batch {BATCH} ÷ {_named(plain)}{_on(device)}"
     return Report(
         figures=[
             Figure(label=label, values=times.ratios("vitviz", "plain"), goal=goal),

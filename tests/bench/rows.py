@@ -89,6 +89,12 @@ def evidence(setting: Setting) -> Report:
     return overhead(setting, _EVIDENCE, goal=Goal(limit=3.0))
 
 
+@_row()
+def swin_evidence(setting: Setting) -> Report:
+    """Evidence (top1) of Swin-T, batch 16 ÷ forward."""
+    return overhead(setting, _EVIDENCE, goal=Goal(limit=4.0), name="swin_tiny_patch4_window7_224")
+
+
 @_row(photographs)
 def folder_overlays(setting: Setting) -> Report:
     """Photographs of 640 px to overlays: images/s ÷ those of the forward alone."""
