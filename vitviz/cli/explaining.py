@@ -14,8 +14,6 @@ import typer
 
 from vitviz.cli.leaving import complain, until_reader_leaves
 from vitviz.cli.options import RunOptions, WritingRun
-from vitviz.cli.reporter import Reporter
-from vitviz.cli.reporting import open_for_people
 from vitviz.cli.signals import Interruption
 from vitviz.cli.starting import find, load, read_count, refuse_cheap_mistakes
 from vitviz.errors import ClusterError, ImageError, OptionError, OutputError
@@ -25,7 +23,8 @@ from vitviz.runs.cluster import Actors, joined, require_ray
 from vitviz.runs.job import Engine, Job, require_parquet
 from vitviz.runs.shards import Shard
 
-if TYPE_CHECKING:  # these rooms load torch
+if TYPE_CHECKING:  # these rooms load torch, or what is needed only after all checks
+    from vitviz.cli.reporter import Reporter
     from vitviz.images.sources import Source
     from vitviz.models.model import Model
     from vitviz.report.sink import Sink
@@ -164,6 +163,8 @@ def _conclude(run: WritingRun, sink: Sink | None, reporter: Reporter, where: Pat
     if page:
         reporter.say(f"report: {page}")
     if run.open and (found := page or where):
+        from vitviz.cli.reporting import open_for_people
+
         open_for_people(found)
 
 
