@@ -6,9 +6,11 @@ import ctypes
 import gc
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 
+from fixtures_io import LABELS, NAME, Shell, save_tiny
 from fixtures_processes import Nursery
 
 
@@ -17,6 +19,31 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     """Start commands in processes of their own at once: one a worker, since it takes seconds."""
     with Nursery(tmp_path_factory.mktemp("streams")) as nursery:
         yield nursery
+
+
+@pytest.fixture
+def shell(
+    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Shell:
+    """Run commands in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+    return Shell(capfdbinary, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keep the weights and the labels of the tiny model in a folder."""
+    folder = tmp_path_factory.mktemp("kept")
+    save_tiny(folder / "tiny.safetensors")
+    (folder / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(kept: Path) -> list[str]:
+    """Return options that choose the tiny model."""
+    weights, labels = str(kept / "tiny.safetensors"), str(kept / "labels.txt")
+    return ["-m", NAME, "--img-size", "64", "--weights", weights, "--labels", labels]
 
 
 @pytest.fixture

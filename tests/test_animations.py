@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence
 
 import vitviz
 from comparison import GRADIENTS, ROLLOUTS, TOLERANCE, Setting, by_hand, loaded, requested
-from fixtures_io import LABELS, NAME, Shell, picture, save_pictures, save_tiny, tiny_model
+from fixtures_io import Shell, picture, save_pictures, tiny_model
 from tests.oracles import Array
 from tiny import CASES, TinyCase
 from vitviz.explaining.batch import explain_batch
@@ -143,21 +143,9 @@ def test_animation_draws_itself_as_a_sheet_of_its_frames() -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("kept")
-    weights = save_tiny(folder / "tiny.safetensors")
-    (folder / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8")
-    files = ["--weights", str(weights), "--labels", str(folder / "labels.txt")]
-    return ["-m", NAME, "--img-size", "64", *files]
-
-
-@pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
+def shell(shell: Shell, tmp_path: Path) -> Shell:
     save_pictures(tmp_path, ["a.png"], SIZE)
-    return Shell(capfdbinary, monkeypatch)
+    return shell
 
 
 @pytest.mark.parametrize(

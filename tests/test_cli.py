@@ -42,31 +42,13 @@ from vitviz.runs.provenance import Provenance, read_provenance
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(capfdbinary, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keep a checkpoint and labels for it."""
-    folder = tmp_path_factory.mktemp("kept")
-    save_tiny(folder / "tiny.safetensors")
-    save_tiny(folder / "other.safetensors", seed=5)
-    save_tiny(folder / "headless.safetensors", classes=0)
-    save_tiny(folder / "thousand.safetensors", classes=1000)
-    (folder / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def tiny(kept: Path) -> list[str]:
-    """Options that choose the tiny model."""
-    weights, labels = str(kept / "tiny.safetensors"), str(kept / "labels.txt")
-    return ["-m", NAME, "--img-size", "64", "--weights", weights, "--labels", labels]
+@pytest.fixture(scope="session")
+def kept(kept: Path) -> Path:
+    """Keep other checkpoints beside that of the tiny model."""
+    save_tiny(kept / "other.safetensors", seed=5)
+    save_tiny(kept / "headless.safetensors", classes=0)
+    save_tiny(kept / "thousand.safetensors", classes=1000)
+    return kept
 
 
 def files() -> dict[str, bytes]:

@@ -22,12 +22,9 @@ CLASSES = ["--class", "star", "--class", "ring"]
 
 
 @pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
+def shell(shell: Shell, tmp_path: Path) -> Shell:
     (tmp_path / "scene.png").write_bytes(SCENE.read_bytes())
-    return Shell(capfdbinary, monkeypatch)
+    return shell
 
 
 def places(sheet: np.ndarray, part: np.ndarray) -> list[tuple[int, int]]:

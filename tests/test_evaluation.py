@@ -60,14 +60,6 @@ SCENES = ROOT / "sample_images" / "scenes"
 MASKS = SCENES / ".masks"
 
 
-@pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(capfdbinary, monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options that choose the tiny model, and few methods and resamples."""

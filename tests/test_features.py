@@ -41,14 +41,6 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(capfdbinary, monkeypatch)
-
-
-@pytest.fixture
 def tiny(tmp_path: Path, shell: Shell) -> list[str]:
     save_pictures(tmp_path / "photos", ["a.png", "b.png", "c.png"])
     weights = save_tiny(tmp_path / "tiny.safetensors")

@@ -49,14 +49,6 @@ def sixth(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(capfdbinary, monkeypatch)
-
-
 @pytest.mark.usefixtures("sixth")
 def test_sixth_method_runs_from_the_command_line_to_a_picture(shell: Shell) -> None:
     save_pictures(Path(), ["a.png"])

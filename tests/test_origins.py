@@ -22,12 +22,9 @@ SIDE = (SIZE, SIZE)
 
 
 @pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
+def shell(shell: Shell, tmp_path: Path) -> Shell:
     save_pictures(tmp_path, ["a.png"])
-    return Shell(capfdbinary, monkeypatch)
+    return shell
 
 
 def folder_config(folder: Path, **changes: Any) -> None:

@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from fixtures_io import LABELS, NAME, ROOT, Shell, run_process, save_pictures, save_tiny
+from fixtures_io import ROOT, Shell, run_process, save_pictures
 from vitviz.errors import OutputError
 from vitviz.images.fitting import Region
 from vitviz.report import sink as sinks
@@ -32,25 +32,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OUT = Path("vitviz-out")
 PAGE = OUT / "report.html"
 FILES = OUT / "report-files"
-
-
-@pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    """Run commands in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return Shell(capfdbinary, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options that choose the tiny model."""
-    folder = tmp_path_factory.mktemp("kept")
-    save_tiny(folder / "tiny.safetensors")
-    (folder / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8")
-    files = ["--weights", str(folder / "tiny.safetensors"), "--labels", str(folder / "labels.txt")]
-    return ["-m", NAME, "--img-size", "64", *files]
 
 
 def index() -> dict[str, Any]:

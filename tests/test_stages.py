@@ -27,14 +27,6 @@ SIDE = 128
 CLASSES = 3
 
 
-@pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(capfdbinary, monkeypatch)
-
-
 def swin() -> nn.Module:
     return SwinTransformer(
         img_size=SIDE,

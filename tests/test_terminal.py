@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fixtures_io import LABELS, NAME, Run, run_process, save_pictures, save_tiny
+from fixtures_io import Run, run_process, save_pictures
 from vitviz.cli.app import main
 from vitviz.cli.surroundings import SPELT_OUT
 
@@ -22,16 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ENCODINGS = ["cp1252", "cp437", "cp932", "iso8859-1", "ascii"]
 Typed = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options that choose the tiny model."""
-    folder = tmp_path_factory.mktemp("kept")
-    weights = save_tiny(folder / "tiny.safetensors")
-    (folder / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8")
-    files = ["--weights", str(weights), "--labels", str(folder / "labels.txt")]
-    return ["-m", NAME, "--img-size", "64", *files]
 
 
 @pytest.fixture

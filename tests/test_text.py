@@ -36,14 +36,6 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(capfdbinary, monkeypatch)
-
-
 def tower(kind: str) -> nn.Module:
     """Build a small tower with weights under which it tells images apart."""
     name, arguments = TOWERS[kind]

@@ -49,12 +49,9 @@ class Payload:
 
 
 @pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
+def shell(shell: Shell, tmp_path: Path) -> Shell:
     save_pictures(tmp_path, ["a.png"])
-    return Shell(capfdbinary, monkeypatch)
+    return shell
 
 
 def refusal(shell: Shell, *words: str) -> str:

@@ -304,14 +304,6 @@ def test_range_that_stretches_nothing_is_refused_with_what_was_found() -> None:
 
 
 @pytest.fixture
-def shell(
-    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(capfdbinary, monkeypatch)
-
-
-@pytest.fixture
 def tiny(tmp_path: Path) -> tuple[str, ...]:
     weights = save_tiny(tmp_path / "tiny.safetensors")
     return ("-m", NAME, "--weights", str(weights), "--img-size", "64")
