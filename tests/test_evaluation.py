@@ -779,13 +779,12 @@ def test_model_object_in_training_is_measured_as_in_evaluation() -> None:
     assert module.training
 
 
-def test_python_takes_a_list_of_images_and_classes_of_the_model() -> None:
-    for image in ("a.png", picture(SIZE, SIZE), np.asarray(picture(SIZE, SIZE))):
-        with pytest.raises(OptionError, match="list of images"):
-            vitviz.evaluate(tiny_model(), image)  # type: ignore[arg-type]
+def test_python_takes_images_and_classes_of_the_model() -> None:
     for index in (-1, len(LABELS)):
         with pytest.raises(LabelError, match=f"is {index}, but.*from 0 to 6"):
             vitviz.evaluate(tiny_model(), pictures(1), truth=[index])
+    for image in (picture(SIZE, SIZE), np.asarray(picture(SIZE, SIZE))):
+        assert vitviz.evaluate(tiny_model(), image, methods=["rollout"], resamples=5).images == 1
     found = vitviz.evaluate(
         tiny_model(), pictures(1), truth=np.array([3]), target="truth", methods=["rollout"]
     )

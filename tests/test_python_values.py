@@ -41,8 +41,8 @@ def test_folder_in_python_is_taken_as_on_the_command_line(
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="no images in empty"):
         vitviz.rollout(tiny_model(), ["empty"])
-    with pytest.raises(OptionError, match="list of images"):
-        vitviz.rollout(tiny_model(), "e.png")
+    (alone,) = vitviz.rollout(tiny_model(), "e.png")
+    assert str(alone.source) == "e.png"
 
 
 def test_bad_image_loses_no_other_where_it_is_to_be_skipped(tmp_path: Path) -> None:
