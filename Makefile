@@ -4,6 +4,7 @@ BIN := .venv/bin
 SCENE := sample_images/scenes/star-ring.png
 SCENE_CLASSES := star ring
 BENCH ?=
+SCALE ?=
 WORKERS ?= 2
 PYTEST_PARALLEL = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
@@ -11,7 +12,7 @@ PYTEST_PARALLEL = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench census stub notebook figures screenshot browser docs format clean
+.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench scale census stub notebook figures screenshot browser docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +70,9 @@ bench: .venv/benchmark  ## measure speed and memory against plain forwards (long
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m pip install --quiet --no-deps grad-cam ttach
 	@touch $@
+
+scale: setup  ## measure runs of 20,000 images here and on Ray, killed and disturbed (long)
+	$(BIN)/python -m tests.scale $(SCALE)
 
 stub: setup  ## write the signatures of the Python functions anew, for editors
 	$(BIN)/python -m tests.stub

@@ -6,6 +6,7 @@ Loads no Ray: to a process of Ray's, this is a class like any other.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pickle
 import time
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 
 from vitviz.errors import ClusterError, VitvizError
-from vitviz.explaining.samples import images_at_once
 from vitviz.images.remarks import Tally
 from vitviz.images.sources import Source
 from vitviz.models.model import Model
@@ -32,7 +32,7 @@ from vitviz.runs.tables import BlockTable, part_name
 
 __all__ = ["Actor", "Order", "Report"]
 
-_BATCHES = 4  # of a report
+_REPORTS = 4  # of a block, each of which costs Ray some 50 ms
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,7 +124,7 @@ def _taken_up(order: Order) -> Order:
 
 
 def _explained(order: Order, columns: dict[str, list[Any]]) -> Iterator[Report]:
-    """Explain the images of a block, a few batches to a report."""
+    """Explain the images of a block, a few to a report."""
     sources = list(map(_source, columns["path"], columns["key"], columns["origin"]))
     writer, rows, table = order.setup.writer, None, None
     if path := order.part(columns["key"]):
@@ -137,9 +137,11 @@ def _explained(order: Order, columns: dict[str, list[Any]]) -> Iterator[Report]:
         rows = RowWriter(writer, table)
     heard: list[str] = []
     tally = Tally()
-    size = _BATCHES * (writer.job.batch_size or images_at_once(order.model))
     results = explained(order.model, order.setup, sources, rows, tally, heard.append)
     placed = zip(columns["place"], results, strict=True)
+    # Ray goes on with a block that is repeated at the report where it broke off: the same images
+    # must be in the same report each time, however long they take.
+    size = math.ceil(len(sources) / _REPORTS)
     while some := tuple(islice(placed, size)):
         yield Report(block=columns["place"][0], results=some, warnings=tuple(heard))
         heard.clear()
