@@ -381,7 +381,7 @@ def test_memory_does_not_grow_with_rows(tmp_path: Path, monkeypatch: pytest.Monk
         row = {"key": str(number), "relevance": noise.random(196, dtype=np.float32)}
         table.add([row])
         part = table._part
-        held.append(len(table._rows) * 196 * 4 + (part.size if part else 0))
+        held.append(len(part._waiting) * 196 * 4 + part.size if part else 0)
     table.close()
     assert max(held) < 3 << 20
     assert parquet.read_table(tmp_path / "maps.parquet", columns=["key"]).num_rows == 20_000

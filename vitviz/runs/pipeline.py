@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from vitviz.errors import ImageError, OutputError
 from vitviz.explaining.batch import class_requests
-from vitviz.explaining.explanation import Explanation
 from vitviz.explaining.samples import (
     Explained,
     Failed,
@@ -31,13 +30,12 @@ from vitviz.images.sources import Source
 from vitviz.models.model import Model
 from vitviz.options import Fit
 from vitviz.runs.job import Job
-from vitviz.runs.records import Result, Writer, failure
-from vitviz.runs.rows import RowWriter, open_table
+from vitviz.runs.records import Beside, Result, Writer, failure
+from vitviz.runs.rows import RowWriter, opened_table
 from vitviz.runs.writing import sweep
 from vitviz.streaming import map_ahead, stop_with, worker_threads
 
 __all__ = [
-    "Beside",
     "Finish",
     "Item",
     "Setup",
@@ -54,7 +52,6 @@ _READERS = 16  # threads that wait for stores, far more than there are cores
 _Other = TypeVar("_Other")
 Item = Explained | Failed | Result
 Finish = Callable[[Model, Iterator[Item]], Iterator[Item]]
-Beside = Callable[[Writer, ImageSample, Sequence[Explanation]], None]
 
 
 def unfinished(model: Model, items: Iterator[Item]) -> Iterator[Item]:
@@ -105,11 +102,8 @@ def run(
     """
     setup, sources = set_up(model, sources, job, finish=finish, beside=beside)
     tally = Tally()
-    with ExitStack() as room:
-        rows = None
-        if job.records:
-            table = room.enter_context(closing(open_table(setup.writer, sources)))
-            rows = RowWriter(setup.writer, table)
+    with opened_table(setup.writer, sources) as table:
+        rows = RowWriter(setup.writer, table) if table else None
         yield from up_to_fatal_error(explained(model, setup, sources, rows, tally, warn))
     tally.tell(warn)
 

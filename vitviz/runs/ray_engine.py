@@ -12,7 +12,6 @@ import pickle
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +21,10 @@ from vitviz.images.sources import Source
 from vitviz.models.model import Model
 from vitviz.runs.cluster import Actors
 from vitviz.runs.job import Job
-from vitviz.runs.pipeline import Beside, Finish, set_up, unfinished, up_to_fatal_error
+from vitviz.runs.pipeline import Finish, set_up, unfinished, up_to_fatal_error
 from vitviz.runs.ray_actors import Actor, Order, Report
-from vitviz.runs.records import Result, failure
-from vitviz.runs.rows import RowWriter, open_table, spelled
+from vitviz.runs.records import Beside, Result, failure
+from vitviz.runs.rows import RowWriter, opened_table, spelled
 from vitviz.runs.tables import RecordsTable
 
 __all__ = ["run"]
@@ -65,10 +64,7 @@ def run(
     setup, sources = set_up(model, sources, job, finish=finish, beside=beside)
     order = Order(model=model, setup=setup, actors=actors)
     tally = Tally()
-    with ExitStack() as room:
-        table = None
-        if job.records:
-            table = room.enter_context(closing(open_table(setup.writer, sources)))
+    with opened_table(setup.writer, sources) as table:
         driver = _Driver(order, sources, table, tally, warn)
         yield from up_to_fatal_error(driver.results())
     tally.tell(warn)

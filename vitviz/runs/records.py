@@ -27,7 +27,7 @@ from vitviz.runs.names import output_path
 from vitviz.runs.provenance import Provenance, encode, is_whole, read_provenance, source_id
 from vitviz.runs.writing import fatal_write_error, write_whole
 
-__all__ = ["Output", "Result", "Writer", "failure", "run_record"]
+__all__ = ["Beside", "Output", "Result", "Writer", "failure", "run_record"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,10 @@ class Result:
     fatal_write_error: str | None = None
 
 
+Beside = Callable[["Writer", ImageSample, Sequence[Explanation]], None]
+"""Is given each image and its maps once its files are written, in whatever thread."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Writer:
     """Writes the maps of each image: a sink of explanations, which can be pickled.
@@ -93,7 +97,7 @@ class Writer:
     model: ModelRecord
     job: Job
     requests: tuple[str | None, ...]
-    beside: Callable[[Writer, ImageSample, Sequence[Explanation]], None] | None = None
+    beside: Beside | None = None
 
     def refuse_overwriting(self, sources: Sequence[Source]) -> None:
         """Make sure that no output is a source, by whatever name, nor that of another source."""

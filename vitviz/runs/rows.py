@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from vitviz.runs.records import Result, Writer, run_record
 from vitviz.runs.tables import RecordsTable
 from vitviz.runs.writing import fatal_write_error
 
-__all__ = ["RowWriter", "open_table", "spelled", "table_folder"]
+__all__ = ["RowWriter", "opened_table", "spelled", "table_folder"]
 
 _Row = dict[str, Any]
 
@@ -42,15 +43,20 @@ def table_folder(job: Job) -> Path:
     return job.records
 
 
-def open_table(writer: Writer, sources: Sequence[Source]) -> RecordsTable:
-    """Open the table that a job names, to add rows of these images.
+@contextmanager
+def opened_table(writer: Writer, sources: Sequence[Source]) -> Iterator[RecordsTable | None]:
+    """Open the table that a job names, to add rows of these images; None where it names none.
 
     Raises:
         OutputError: The table cannot be written to, or is none of vitviz's.
     """
-    keys = {spelled(each.key) for each in sources}
     job = writer.job
-    return RecordsTable(table_folder(job), job.method.name, keys)
+    if job.records is None:
+        yield None
+        return
+    keys = {spelled(each.key) for each in sources}
+    with closing(RecordsTable(job.records, job.method.name, keys)) as table:
+        yield table
 
 
 class RowWriter:

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ class RecordsTable:
         """
         self._folder = folder
         self._lock = threading.Lock()
-        self._rows: list[Row] = []
         self._part: _Part | None = None
         self._there: dict[_Place, tuple[str, Path]] = {}
         self._replaced: dict[Path, set[_Place]] = defaultdict(set)
@@ -90,13 +89,9 @@ class RecordsTable:
             OutputError: They cannot be written.
         """
         with self._lock:
-            self._rows += rows
-            old = self._part is not None and self._part.age > _PART_SECONDS
-            if old or _fill_a_group(self._rows):
-                self._write_group()
-            elif self._part is None:
-                self._part = _Part(schema())
-            if self._part and (old or self._part.size > _PART_BYTES):
+            self._part = self._part or _Part(schema())
+            self._part.add(rows)
+            if self._part.age > _PART_SECONDS or self._part.size > _PART_BYTES:
                 self._finish_part()
 
     def close(self) -> None:
@@ -106,22 +101,15 @@ class RecordsTable:
             OutputError: It cannot be written.
         """
         with self._lock:
-            self._write_group()
             self._finish_part()
             for part, places in self._replaced.items():
                 _remove(part, self._method, places)
 
-    def _write_group(self) -> None:
-        if self._rows:
-            self._part = self._part or _Part(schema())
-            self._part.write(self._rows)
-            self._rows = []
-
     def _finish_part(self) -> None:
         part, self._part = self._part, None
-        if part and part.rows:
+        if part and (content := part.finish()):
             name = part_name(time.time_ns(), secrets.token_hex(4))
-            write_own(self._folder / name, part.finish(), lambda path: False)
+            write_own(self._folder / name, content, lambda path: False)
             for place in part.places:  # only now: until then, old rows are all there are
                 self._replace(place)
                 self._replace((place[0], None, True))
@@ -149,8 +137,7 @@ class BlockTable:
         """
         self._path, self._recipes = path, recipes
         self._lock = threading.Lock()
-        self._rows: list[Row] = []
-        self._part: _Part | None = None
+        self._part = _Part(schema())
 
     def has(self, key: str, request: str | None, recipe: str) -> bool:
         """Tell whether a map's row is there, made by this recipe."""
@@ -159,31 +146,16 @@ class BlockTable:
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows; from any thread."""
         with self._lock:
-            self._rows += rows
-            if _fill_a_group(self._rows):
-                self._write_group()
+            self._part.add(rows)
 
     def close(self) -> None:
-        """Write the part.
+        """Write the part, if there is a row.
 
         Raises:
             OutputError: It cannot be written.
         """
-        if self._rows:
-            self._write_group()
-        if self._part:
-            write_own(self._path, self._part.finish(), lambda path: True)
-
-    def _write_group(self) -> None:
-        self._part = self._part or _Part(schema())
-        self._part.write(self._rows)
-        self._rows = []
-
-
-def _fill_a_group(rows: Sequence[Row]) -> bool:
-    """Tell whether rows are enough for one write."""
-    values = sum(len(row.get("relevance", ())) for row in rows[:1]) * len(rows)
-    return len(rows) >= _GROUP_ROWS or values >= _GROUP_VALUES
+        if content := self._part.finish():
+            write_own(self._path, content, lambda path: True)
 
 
 def part_name(nanoseconds: int, token: str) -> str:
@@ -202,7 +174,8 @@ class _Part:
         self._sink = pyarrow.BufferOutputStream()
         self._schema = schema
         self._writer = parquet.ParquetWriter(self._sink, schema, compression="zstd")
-        self.rows = 0
+        self._waiting: list[Row] = []
+        self._rows = 0
         self.places: list[_Place] = []
 
     @property
@@ -212,30 +185,39 @@ class _Part:
 
     @property
     def size(self) -> int:
-        """Bytes so far."""
-        return int(self._sink.tell())
+        """Bytes of the row groups so far."""
+        return int(self._sink.tell()) if self._rows else 0
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Add a row group."""
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add rows, which are written a row group at a time."""
+        self._waiting += rows
+        values = sum(len(row.get("relevance", ())) for row in self._waiting[:1])
+        is_wide = values * len(self._waiting) >= _GROUP_VALUES
+        if is_wide or len(self._waiting) >= _GROUP_ROWS:
+            self._write_group()
+
+    def keep(self, rows: Any) -> None:
+        """Add a row group that is a table of pyarrow already."""
+        if rows.num_rows:
+            self._writer.write_table(rows)
+            self._rows += rows.num_rows
+
+    def finish(self) -> bytes:
+        """Return the whole file; nothing if it has no row."""
+        self._write_group()
+        self._writer.close()
+        return bytes(self._sink.getvalue()) if self._rows else b""
+
+    def _write_group(self) -> None:
         import pyarrow
 
+        rows, self._waiting = self._waiting, []
         columns = {
             field.name: pyarrow.array([row.get(field.name) for row in rows], field.type)
             for field in self._schema
         }
         self.keep(pyarrow.table(columns, schema=self._schema))
         self.places += [(each["key"], each.get("class_request"), "error" in each) for each in rows]
-
-    def keep(self, rows: Any) -> None:
-        """Add a row group that is a table of pyarrow already."""
-        if rows.num_rows:
-            self._writer.write_table(rows)
-            self.rows += rows.num_rows
-
-    def finish(self) -> bytes:
-        """Return the whole file."""
-        self._writer.close()
-        return bytes(self._sink.getvalue())
 
 
 def schema() -> Any:
@@ -323,7 +305,7 @@ def _remove(part: Path, method: str, places: Collection[_Place]) -> None:
                 kept.keep(rows.filter(stays))
     except FileNotFoundError:
         return
-    if kept.rows:
-        write_own(part, kept.finish(), lambda path: True)
+    if content := kept.finish():
+        write_own(part, content, lambda path: True)
     else:
         part.unlink(missing_ok=True)
