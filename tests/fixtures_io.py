@@ -89,6 +89,17 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def places(sheet: np.ndarray, part: np.ndarray) -> list[tuple[int, int]]:
+    """Find a picture on a sheet: its (top, left), wherever it stands."""
+    height, width = part.shape[:2]
+    corners = np.argwhere((sheet[: -height + 1, : -width + 1] == part[0, 0]).all(axis=-1))
+    return [
+        (top, left)
+        for top, left in corners.tolist()
+        if np.array_equal(sheet[top : top + height, left : left + width], part)
+    ]
+
+
 def save_pictures(folder: Path, names: Sequence[str], size: tuple[int, int] = (48, 64)) -> None:
     """Save a different picture under each name."""
     for seed, name in enumerate(names):

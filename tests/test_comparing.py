@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import vitviz
-from fixtures_io import ROOT, Shell, picture
+from fixtures_io import ROOT, Shell, picture, places
 from vitviz.errors import OptionError
 from vitviz.methods.comparison import Comparison
 from vitviz.options import PictureOptions
@@ -25,17 +25,6 @@ CLASSES = ["--class", "star", "--class", "ring"]
 def shell(shell: Shell, tmp_path: Path) -> Shell:
     (tmp_path / "scene.png").write_bytes(SCENE.read_bytes())
     return shell
-
-
-def places(sheet: np.ndarray, part: np.ndarray) -> list[tuple[int, int]]:
-    """Find a picture on a sheet: its (top, left), wherever it stands."""
-    height, width = part.shape[:2]
-    corners = np.argwhere((sheet[: -height + 1, : -width + 1] == part[0, 0]).all(axis=-1))
-    return [
-        (top, left)
-        for top, left in corners.tolist()
-        if np.array_equal(sheet[top : top + height, left : left + width], part)
-    ]
 
 
 def test_sheet_has_classes_as_rows_and_methods_as_columns(shell: Shell) -> None:

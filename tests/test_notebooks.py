@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import vitviz
-from fixtures_io import picture, tiny_model
+from fixtures_io import picture, places, tiny_model
 from tests import notebook
 from vitviz.errors import ImageError, OptionError
 from vitviz.explaining.explanation import Explanation
@@ -33,14 +33,7 @@ def maps_of(*sizes: tuple[int, int]) -> list[Explanation]:
 
 def where(sheet: Image.Image, picture: Image.Image) -> list[tuple[int, int]]:
     """Find a picture in a sheet: (left, top) of each place where it stands."""
-    whole, part = np.asarray(sheet), np.asarray(picture)
-    height, width = part.shape[:2]
-    corners = np.argwhere((whole[: 1 - height or None, : 1 - width or None] == part[0, 0]).all(-1))
-    return [
-        (int(left), int(top))
-        for top, left in corners
-        if (whole[top : top + height, left : left + width] == part).all()
-    ]
+    return [(left, top) for top, left in places(np.asarray(sheet), np.asarray(picture))]
 
 
 def test_grid_has_the_overlays_in_order_row_by_row() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # these rooms load torch, or what is needed only after all ch
     from vitviz.images.sources import Source
     from vitviz.models.model import Model
     from vitviz.report.sink import Sink
-    from vitviz.runs.pipeline import Item
+    from vitviz.runs.pipeline import Finish
     from vitviz.runs.records import Result
 
 __all__ = ["Plan", "explain_images"]
@@ -44,7 +44,7 @@ class Plan:
     """
 
     job: Job
-    finish: Callable[[Model, Iterator[Item]], Iterator[Item]] | None = None
+    finish: Finish | None = None
 
 
 def explain_images(
@@ -141,7 +141,7 @@ def _pictures(run: WritingRun, method: Method) -> PictureOptions:
         kinds=_kinds(run),
         alpha=run.alpha,
         max_size=run.max_size,
-        format=PictureFormat.GIF if is_png and method.axes[0] == "frames" else run.format,
+        format=PictureFormat.GIF if is_png and method.is_animated else run.format,
     )
     if not isinstance(run, RunOptions):
         return pictures

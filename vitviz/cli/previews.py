@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -17,6 +16,7 @@ from rich.segment import ControlType, Segment
 from rich.style import Style
 
 from vitviz.options import OutputKind
+from vitviz.pictures.encoding import png
 
 __all__ = ["Preview", "Protocol", "protocol_of", "shown_files"]
 
@@ -101,9 +101,7 @@ def _half_blocks(picture: Image.Image) -> Iterator[Segment]:
 
 
 def _png(picture: Image.Image) -> str:
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    return base64.b64encode(content.getvalue()).decode()
+    return base64.b64encode(png(picture)).decode()
 
 
 def _iterm(png: str, columns: int) -> str:

@@ -129,6 +129,5 @@ def _explains_class(maps: tuple[Explanation, ...]) -> bool:
 def _cell(name: str, maps: tuple[Explanation, ...], row: int) -> Cell:
     """Draw the map of a row; below the only one of a method that explains no class, nothing."""
     if row < len(maps):
-        drawn = maps[row].draw(OutputKind.OVERLAY)
-        return Cell(picture=drawn, title=name, bar=maps[row].color_bar())
+        return maps[row].cell(OutputKind.OVERLAY, name)
     return Cell(picture=np.full_like(maps[0].sample.picture, 255), title=f"{name}: as above")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +19,11 @@ from vitviz.methods.method import Method
 from vitviz.options import Outliers, OutputKind, PictureOptions
 from vitviz.pictures.colors import color_heat
 from vitviz.pictures.components import ColorSpace, patches_of
+from vitviz.pictures.encoding import png
 from vitviz.pictures.heat import FLAT, coarser, finer, in_unit, limits, place_heat
 from vitviz.pictures.painting import paint
 from vitviz.pictures.sheets import contact_sheet, mark, overlay, shrink_to_cell
-from vitviz.pictures.tables import Cell, ColorBar, picture_table
+from vitviz.pictures.tables import Cell, ColorBar, in_rows, picture_table
 
 __all__ = ["Caveat", "Explanation", "Prediction", "Diagnostics"]
 
@@ -194,13 +194,13 @@ class Explanation:
     @property
     def is_animated(self) -> bool:
         """Whether it has several maps, one after the other."""
-        return self.method.axes[0] == "frames"
+        return self.method.is_animated
 
     def animation(self, kind: OutputKind) -> list[NDArray[np.uint8]]:
         """Draw the frames of an animation: (height, width, 3) each, with titles and colour bars."""
         return [
             picture_table(
-                [frame._cells() if kind is OutputKind.PANEL else [frame._cell(kind)]],
+                [frame._cells() if kind is OutputKind.PANEL else [frame.cell(kind, "")]],
                 title=f"{self.caption}, {name}",
                 subtitle=self.origin,
             )
@@ -216,33 +216,29 @@ class Explanation:
     def _draw_frames(self, kind: OutputKind) -> NDArray[np.uint8]:
         """Draw all frames side by side, in rows."""
         kind = OutputKind.OVERLAY if kind is OutputKind.PANEL else kind
-        cells = [frame._cell(kind, name) for name, frame in self._frames()]
-        across = min(_ACROSS, len(cells))
-        paper = Cell(picture=np.full_like(cells[0].picture, 255))
-        cells += [paper] * (-len(cells) % across)
-        rows = [cells[start : start + across] for start in range(0, len(cells), across)]
+        rows = in_rows([frame.cell(kind, name) for name, frame in self._frames()], _ACROSS)
         drawn = Image.fromarray(picture_table(rows, title=self.caption, subtitle=self.origin))
         drawn.thumbnail((self.pictures.max_size,) * 2, Image.Resampling.LANCZOS)
         return np.asarray(drawn)
 
-    def _cell(self, kind: OutputKind, title: str = "") -> Cell:
-        """Return one picture of a table, with its colours."""
-        return Cell(picture=self.draw(kind), title=title, bar=self.color_bar())
+    def cell(self, kind: OutputKind, title: str) -> Cell:
+        """Return a picture of a table, with what its colours mean, where they are heat."""
+        bar = self.color_bar() if self._has_heat else None
+        return Cell(picture=self.draw(kind), title=title, bar=bar)
+
+    @property
+    def _has_heat(self) -> bool:
+        return self.method.axes[0] != "channels"
 
     def _cells(self) -> list[Cell]:
         """Return the pictures of a panel."""
         if self.method.axes[0] == "blocks":
             kinds = (OutputKind.OVERLAY, OutputKind.HEATMAP)
             return [Cell(picture=self._draw_heads(kind, kind.value)) for kind in kinds]
-        has_heat = self.method.axes[0] != "channels"
         return [
             Cell(picture=self.sample.picture, title="image"),
             Cell(picture=self.draw(OutputKind.OVERLAY), title="overlay"),
-            Cell(
-                picture=self.draw(OutputKind.HEATMAP),
-                title="heat" if has_heat else "colours",
-                bar=self.color_bar() if has_heat else None,
-            ),
+            self.cell(OutputKind.HEATMAP, "heat" if self._has_heat else "colours"),
         ]
 
     def _draw_heads(self, kind: OutputKind, title: str) -> NDArray[np.uint8]:
@@ -367,9 +363,7 @@ class Explanation:
 
     def _repr_png_(self) -> bytes:
         """Show the overlay in a notebook."""
-        buffer = io.BytesIO()
-        self.overlay().save(buffer, "PNG")
-        return buffer.getvalue()
+        return png(self.overlay())
 
 
 def _named(label: str | None, class_index: int) -> str:

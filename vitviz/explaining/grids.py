@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,8 @@ from PIL import Image
 from vitviz.errors import OptionError, printable
 from vitviz.explaining.explanation import Explanation
 from vitviz.options import OutputKind, whole
-from vitviz.pictures.tables import Cell, ColorBar, picture_table
+from vitviz.pictures.encoding import png
+from vitviz.pictures.tables import Cell, in_rows, picture_table
 
 __all__ = ["Explanations", "grid"]
 
@@ -27,9 +28,7 @@ class Explanations(list[Explanation]):
         """Show the first maps side by side."""
         if not self:
             return None
-        buffer = io.BytesIO()
-        grid(self[:_SHOWN]).save(buffer, "PNG")
-        return buffer.getvalue()
+        return png(grid(self[:_SHOWN]))
 
 
 def grid(maps: Sequence[Explanation], *, columns: int = 4, cell: int = 280) -> Image.Image:
@@ -48,47 +47,30 @@ def grid(maps: Sequence[Explanation], *, columns: int = 4, cell: int = 280) -> I
         raise OptionError(
             f"{len(maps)} maps, columns {columns}, cell {cell}; give at least one of each"
         )
-    drawn = [_small(each, cell) for each in maps]
-    height, width = (max(each.shape[axis] for each in drawn) for axis in (0, 1))
-    cells = [
-        Cell(picture=_centered(picture, height, width), title=_title(each), bar=_bar(each))
-        for each, picture in zip(maps, drawn, strict=True)
-    ]
-    across = min(columns, len(cells))
-    cells += [Cell(picture=_blank(height, width))] * (-len(cells) % across)
-    rows = [cells[start : start + across] for start in range(0, len(cells), across)]
+    cells = [_cell(each, cell) for each in maps]
+    height, width = (max(each.picture.shape[axis] for each in cells) for axis in (0, 1))
+    cells = [replace(each, picture=_centered(each.picture, height, width)) for each in cells]
     title, models = _all(each.method.name for each in maps), _all(each.model for each in maps)
-    return Image.fromarray(picture_table(rows, title=title, subtitle=models))
+    return Image.fromarray(picture_table(in_rows(cells, columns), title=title, subtitle=models))
 
 
 def _all(names: Iterable[str]) -> str:
     return ", ".join(filter(None, dict.fromkeys(names)))
 
 
-def _small(explanation: Explanation, side: int) -> NDArray[np.uint8]:
-    """Draw a map with this as its longest side, in pixels."""
-    drawn = Image.fromarray(explanation.draw(OutputKind.OVERLAY))
-    scale = side / max(drawn.size)
-    size = (max(round(drawn.width * scale), 1), max(round(drawn.height * scale), 1))
-    return np.asarray(drawn.resize(size, Image.Resampling.LANCZOS))
+def _cell(explanation: Explanation, side: int) -> Cell:
+    """Draw a map with this as its longest side, in pixels, under its image and class."""
+    title = (printable(explanation.source.name), explanation.subject)
+    drawn = explanation.cell(OutputKind.OVERLAY, ": ".join(filter(None, title)))
+    scale = side / max(drawn.picture.shape[:2])
+    height, width = (max(round(each * scale), 1) for each in drawn.picture.shape[:2])
+    small = Image.fromarray(drawn.picture).resize((width, height), Image.Resampling.LANCZOS)
+    return replace(drawn, picture=np.asarray(small))
 
 
 def _centered(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     """Put a picture in the middle of a blank one."""
-    paper = _blank(height, width)
+    paper = np.full((height, width, 3), _PAPER, dtype=np.uint8)
     top, left = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
     paper[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return paper
-
-
-def _title(explanation: Explanation) -> str:
-    return ": ".join(filter(None, (printable(explanation.source.name), explanation.subject)))
-
-
-def _bar(explanation: Explanation) -> ColorBar | None:
-    has_heat = explanation.method.axes[0] != "channels"
-    return explanation.color_bar() if has_heat else None
-
-
-def _blank(height: int, width: int) -> NDArray[np.uint8]:
-    return np.full((height, width, 3), _PAPER, dtype=np.uint8)

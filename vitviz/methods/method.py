@@ -153,6 +153,11 @@ class Method(ABC):
         return ("rows", "cols")
 
     @property
+    def is_animated(self) -> bool:
+        """Whether its maps are the frames of an animation."""
+        return self.axes[0] == "frames"
+
+    @property
     def file_name(self) -> str:
         """What stands for it in the names of files."""
         return self.name

@@ -123,20 +123,19 @@ class _RolledOut(Method):
         """
         import torch
 
-        every = slice(None)
+        every, blocks = fused(slice(None)), len(forward.blocks)
         if self.animate is None:
-            return forward.rolled_out(fused(every), self.discard)
-        blocks = len(forward.blocks)
+            return forward.rolled_out(every, self.discard)
         if self.animate is Sweep.DISCARD:
-            frames = [forward.rolled_out(fused(every), share) for share in _DISCARDS]
+            frames = [forward.rolled_out(every, share) for share in _DISCARDS]
         elif self.animate is Sweep.LAYERS:
             frames = [
-                forward.since(first).rolled_out(fused(every)[first:], self.discard)
+                forward.since(first).rolled_out(every[first:], self.discard)
                 for first in range(blocks)
             ]
         else:
             heads = min(record.shape[1] for record in forward.blocks)
-            pooled = fused(every)[blocks:]  # which may have other heads
+            pooled = every[blocks:]  # which may have other heads
             frames = [
                 forward.rolled_out(fused(slice(head, head + 1))[:blocks] + pooled, self.discard)
                 for head in range(heads)

@@ -13,7 +13,7 @@ from vitviz.options import Colormap
 from vitviz.pictures.colors import color_heat
 from vitviz.pictures.lettering import FAINT, INK, write
 
-__all__ = ["GAP", "Cell", "ColorBar", "picture_table"]
+__all__ = ["GAP", "Cell", "ColorBar", "in_rows", "picture_table"]
 
 Pixels = NDArray[np.uint8]
 
@@ -70,6 +70,19 @@ class Cell:
     picture: Pixels
     title: str = ""
     bar: ColorBar | None = None
+
+
+def in_rows(cells: Sequence[Cell], across: int) -> list[list[Cell]]:
+    """Set cells of one size in rows of so many, the last filled up with blank ones.
+
+    Args:
+        cells: At least one.
+        across: How many stand side by side; all of them, if they are fewer.
+    """
+    across = min(across, len(cells))
+    blank = Cell(picture=np.full_like(cells[0].picture, 255))
+    filled = [*cells, *[blank] * (-len(cells) % across)]
+    return [filled[start : start + across] for start in range(0, len(filled), across)]
 
 
 def picture_table(

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Iterable
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,7 +90,9 @@ def _render(folder: Path, images: list[FoundImage], failures: list[Failure]) -> 
 def _index(folder: Path, images: list[FoundImage], failures: list[Failure]) -> dict[str, Any]:
     """Return what the page knows of all images; numbers of maps are in scripts of their own."""
     words = _Words()
-    newest = max((each for image in images for each in image.maps), key=_written, default=None)
+    newest = max(
+        (each for image in images for each in image.maps), key=attrgetter("time"), default=None
+    )
     method = newest.provenance.recipe.get("method") if newest else None
     maps = [each.provenance.recipe for image in images for each in image.maps]
     requests = {each.get("method"): each.get("class") for each in reversed(maps)}  # the first
@@ -114,11 +117,6 @@ def _failures(failures: Iterable[Failure]) -> list[dict[str, Any]]:
         {"name": printable(source), "methods": its, "error": error}
         for (source, error), its in methods.items()
     ]
-
-
-def _written(found: FoundMap) -> float:
-    """Return when the first file of a map was written, in seconds since 1970."""
-    return found.time
 
 
 class _Words:

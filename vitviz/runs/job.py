@@ -72,7 +72,7 @@ class Job:
         require_counts(self.batch_size, self.workers)
         if OutputKind.GRAY in self.pictures.kinds:
             self.method.require_one_map()
-        is_animated, format = self.method.axes[0] == "frames", self.pictures.format
+        is_animated, format = self.method.is_animated, self.pictures.format
         if is_animated and format not in (PictureFormat.GIF, PictureFormat.WEBP):
             raise OptionError(f"--format {format} has no frames; use gif or webp with --animate")
         if not is_animated and format is PictureFormat.GIF:
