@@ -11,7 +11,7 @@ import numpy as np
 import linear_oracles
 import oracles
 from fixtures_methods import make_method
-from linear_oracles import LinearSteps, LinearTrace, Rules
+from linear_oracles import ImageTrace, LinearSteps, LinearTrace, Rules
 from oracles import Array
 from tiny import TinyCase
 from vitviz.explaining.batch import explain_batch
@@ -175,6 +175,14 @@ def linear_traced(case: TinyCase, rules: Rules) -> LinearTrace:
 
 
 @cache
+def linear_about(
+    case: TinyCase, rules: Rules, class_of_image: tuple[int, ...], versus: tuple[int, ...] | None
+) -> list[ImageTrace]:
+    """Return what the formulas ask of one class of each image, by hand."""
+    return linear_traced(case, rules).about(class_of_image, versus)
+
+
+@cache
 def found(case: TinyCase, setting: AnySetting) -> Array:
     """Compute relevance (batch, maps, rows, cols) by the package."""
     options = setting.options(requested(case))
@@ -294,7 +302,8 @@ def _linear_tokens(
             )
             for image in range(len(class_of_image))
         ]
-    images = linear_traced(case, rules or setting.rules).about(class_of_image, versus)
+    others = None if versus is None else tuple(versus)
+    images = linear_about(case, rules or setting.rules, tuple(class_of_image), others)
     if setting.is_evidence:
         return [linear_oracles.token_evidence(image, steps=steps) for image in images]
     return [

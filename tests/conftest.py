@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 
 from fixtures_io import LABELS, NAME, Shell, save_tiny
 from fixtures_processes import Nursery
+
+_MUCH = 1.4e9  # bytes a worker holds before all its objects, half a second's worth, are looked at
 
 
 @pytest.fixture(scope="session")
@@ -81,8 +85,17 @@ def _forget(cached: Iterable[object]) -> None:
 
 
 def _give_back_memory() -> None:
-    gc.unfreeze()  # commands freeze what is there, garbage too, since their process soon ends
+    if is_large := _resident_memory() > _MUCH:
+        gc.unfreeze()  # commands freeze what is there, garbage too, since their process soon ends
     gc.collect()
     gc.freeze()  # so that later collections pass over what stays
-    if sys.platform == "linux":  # what is free goes back to the system, not to the next test
+    if is_large and sys.platform == "linux":  # what is free goes back to the system
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_memory() -> float:
+    """Return the bytes of memory that this process holds; without Linux, nobody knows."""
+    if sys.platform != "linux":
+        return math.inf
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
