@@ -12,7 +12,7 @@ PYTEST_PARALLEL = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-lowest demo test test-long check coverage zoo bench scale census stub notebook figures screenshot browser docs format clean
+.PHONY: help setup setup-lowest demo test test-slow test-long check coverage zoo bench scale census stub notebook figures screenshot browser docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,21 +38,24 @@ demo: setup  ## explain the sample scenes with the bundled model, into vitviz-ou
 	$(BIN)/vitviz compare -m demo $(SCENE) $(addprefix --class ,$(SCENE_CLASSES)) \
 		--methods relevance --methods evidence
 
-test: setup  ## run the tests, on two cores (WORKERS=4: on four)
+test: setup  ## run the quick tests, four minutes on two cores (WORKERS=4: on four)
 	$(PYTEST_PARALLEL)
 
-test-long: setup  ## run what `make test` tries a few times many times: kills, unseen scenes
+test-slow: setup  ## run the others: clusters, stores, browsers, kills, hostile folders, terminals
+	$(PYTEST_PARALLEL) -m "slow and not long"
+
+test-long: setup  ## run many times what these try a few times: kills, unseen scenes
 	$(PYTEST_PARALLEL) -m long
 
-check: setup  ## check format, lint and types, then run the tests
+check: setup  ## check format, lint and types, then run the quick and the slow tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
+	$(PYTEST_PARALLEL) -m "not long"
 
 coverage: .venv/coverage  ## tell which lines and branches no test runs
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -q
+	$(BIN)/python -m coverage run -m pytest -q -m "not long"
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --show-missing --skip-covered
 

@@ -109,6 +109,7 @@ def test_query_that_is_no_patch_ends_in_one_line(
     assert "--query" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_writes_sheet_and_numbers_and_nothing_else_to_stderr(
     nursery: Nursery, tmp_path: Path
 ) -> None:

@@ -328,6 +328,7 @@ def test_rerun_gives_the_same_bytes(shell: Shell, tiny: list[str]) -> None:
     assert files() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["rollout", "grad-rollout"])
 @pytest.mark.parametrize("option", ["--batch-size", "--workers"])
 def test_batches_and_threads_do_not_change_maps(
@@ -384,6 +385,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 def test_changed_option_is_not_skipped(shell: Shell, tiny: list[str], kept: Path) -> None:
     save_pictures(Path(), ["a.png"])
     shutil.copy(kept / "other.safetensors", "other.safetensors")
@@ -511,6 +513,7 @@ def command_of(record: dict[str, Any], provenance: Provenance) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -543,6 +546,7 @@ def test_record_suffices_to_make_each_file_again(
             assert remade.read_bytes() == path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_one_changed_thing_is_made_again_and_no_other(
     shell: Shell, tiny: list[str], kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -591,6 +595,7 @@ def test_one_changed_thing_is_made_again_and_no_other(
 # Sources stay as they are
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folders", [("p", "p"), ("p", "p/maps"), ("p", "."), (".", ".")], ids=str)
 def test_maps_among_the_sources_are_no_sources(
     shell: Shell, tiny: list[str], folders: tuple[str, str]
@@ -609,6 +614,7 @@ def test_maps_among_the_sources_are_no_sources(
     assert len([path for path in Path().rglob("*") if path.is_file()]) == 2 + 10
 
 
+@pytest.mark.slow
 def test_output_that_is_a_source_is_refused(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path(), ["p/a.png"])
     assert shell("rollout", "p/a.png", "-o", ".", *tiny).code == 0
@@ -627,6 +633,7 @@ def test_output_that_is_a_source_is_refused(shell: Shell, tiny: list[str]) -> No
     assert Path("linked/soft.png").is_symlink()
 
 
+@pytest.mark.slow
 def test_output_that_is_a_source_in_another_case_is_refused(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path(), ["p/a.png"])
     if not Path("P/A.PNG").exists():
@@ -948,6 +955,7 @@ def test_help_and_version_load_nothing_heavy() -> None:
     assert done.err.splitlines() == ["[]"] * 5
 
 
+@pytest.mark.slow
 def test_closed_reader_ends_quietly(tmp_path: Path, tiny: list[str]) -> None:
     save_pictures(tmp_path / "p", [f"{index:02}.png" for index in range(60)], (16, 16))
     command = [sys.executable, "-m", "vitviz", "rollout", "p", "--batch-size", "1", *tiny]
@@ -974,6 +982,7 @@ def test_closed_reader_ends_quietly(tmp_path: Path, tiny: list[str]) -> None:
 TELLING = (["inspect", "demo"], ["inspect", "demo", "--json"], ["models", "deit_tiny"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("words", [["--help"], *TELLING], ids=" ".join)
 def test_full_disk_behind_stdout_is_told_in_one_line(
@@ -985,6 +994,7 @@ def test_full_disk_behind_stdout_is_told_in_one_line(
     assert said == ["Error: no space left on the device that stdout goes to"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", TELLING, ids=" ".join)
 def test_reader_that_wants_nothing_ends_a_telling_command_quietly(
     nursery: Nursery, tmp_path: Path, words: list[str]
@@ -1000,6 +1010,7 @@ def test_reader_that_wants_nothing_ends_a_telling_command_quietly(
     assert (done.code, done.err.replace("Using cpu\n", "")) == (141, "")
 
 
+@pytest.mark.slow
 def test_pipelines_of_a_shell_work(tmp_path: Path, tiny: list[str]) -> None:
     save_pictures(tmp_path / "p", ["a b.png", "c.png"])
     words = " ".join(f"'{word}'" for word in tiny)

@@ -88,6 +88,7 @@ def test_record_tells_of_methods_classes_and_predictions(shell: Shell) -> None:
     assert found.recipe["options"]["classes"] == ["star", "ring"]
 
 
+@pytest.mark.slow
 def test_sheet_of_the_same_recipe_alone_is_skipped(shell: Shell) -> None:
     call = ["compare", "-m", "demo", "scene.png", "--skip-existing", "--json"]
     statuses = []

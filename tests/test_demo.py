@@ -24,7 +24,7 @@ from vitviz.evaluation.metrics import average_precision, specificity
 from vitviz.evaluation.perturbation import upsample
 from vitviz.explaining.explanation import Explanation
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SAMPLES = Path(__file__).parents[1] / "sample_images" / "scenes"
 

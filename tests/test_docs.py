@@ -187,6 +187,7 @@ def test_readme_is_a_front_page() -> None:
     assert README.stat().st_size <= LARGEST_README
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clone")
 @pytest.mark.parametrize(
     "command",
@@ -212,6 +213,7 @@ def _timeless(line: str) -> str:
     return re.sub(r"^(\S+(?: +\S+){5}) +\d+\.\d$", r"\1", line)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clone")
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "python.md"], ids=_name)

@@ -97,6 +97,7 @@ def corner_masks(count: int) -> list[np.ndarray[Any, Any]]:
 # What must come out
 
 
+@pytest.mark.slow
 def test_mask_as_a_map_beats_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of rollout's, maps are given that show the object asked for, and no more."""
     scores: dict[str, list[dict[str, float]]] = {}
@@ -144,6 +145,7 @@ def mean_of(scores: list[dict[str, float]], metric: str) -> float:
     return float(np.mean([each[metric] for each in scores]))
 
 
+@pytest.mark.slow
 def test_random_map_scores_what_a_random_map_must() -> None:
     found = vitviz.evaluate(
         tiny_model(), pictures(60), methods=["rollout"], masks=corner_masks(60), resamples=500
@@ -157,6 +159,7 @@ def test_random_map_scores_what_a_random_map_must() -> None:
     assert difference.low < 0 < difference.high
 
 
+@pytest.mark.slow
 def test_class_specific_maps_fall_on_the_object_asked_for() -> None:
     paths = sorted(SCENES.glob("*.png"))[:5]
     found = vitviz.evaluate(
@@ -210,6 +213,7 @@ def test_same_seed_gives_the_same_numbers_and_another_does_not() -> None:
     assert numbers(4) != first
 
 
+@pytest.mark.slow
 def test_random_map_hangs_on_the_image_and_not_on_its_place() -> None:
     def energies(images: list[Image.Image]) -> list[float]:
         masks = [corner_masks(1)[0]] * len(images)
@@ -436,6 +440,7 @@ def test_csv_has_a_line_for_each_map_whose_means_are_the_table_s(
     assert np.mean(found) == pytest.approx(means["deletion"]["mean"])
 
 
+@pytest.mark.slow
 def test_plot_is_a_picture_that_vitviz_knows_as_its_own(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path("p"), ["a.png"])
     assert shell("evaluate", "p", "--plot", "p/curves.png", *tiny).code == 0
@@ -568,6 +573,7 @@ def test_mistakes_exit_2_and_say_what_is_wrong(
     assert message in done.err
 
 
+@pytest.mark.slow
 def test_conventions_differ(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path("p"), ["a.png", "b.png"])
     ours, chefers = (
@@ -584,6 +590,7 @@ def test_conventions_differ(shell: Shell, tiny: list[str]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_symmetric_relevance_gain_is_told_by_its_names(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path("p"), ["a.png", "b.png"])
     words = ["evaluate", "p", "--convention", "srg", *tiny]
@@ -605,6 +612,7 @@ def test_symmetric_relevance_gain_is_told_by_its_names(shell: Shell, tiny: list[
     assert shell(*words, "--plot", "c.png").code == 0
 
 
+@pytest.mark.slow
 def test_interval_marks_are_those_of_the_differences() -> None:
     found = vitviz.evaluate(demo(), sorted(SCENES.glob("*.png"))[:5], methods=["evidence"])
     for method in found.methods:
@@ -620,6 +628,7 @@ def test_interval_marks_are_those_of_the_differences() -> None:
     assert found.methods[2].summaries["deletion"].better
 
 
+@pytest.mark.slow
 def test_difference_to_the_best_method_is_that_of_the_same_images() -> None:
     methods = ["rollout", "grad-rollout", "evidence"]
     found = vitviz.evaluate(demo(), sorted(SCENES.glob("*.png"))[:6], methods=methods, masks=MASKS)
@@ -743,6 +752,7 @@ def test_table_of_class_sensitivity_lists_methods_that_explain_a_class(
     assert "the lower, the more a method is sensitive" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_native_shapes_go_with_masks_of_any_size(tmp_path: Path) -> None:
     white = np.zeros((683, 1366, 3), dtype=np.uint8)
     white[300:, 500:] = 255

@@ -87,6 +87,7 @@ def test_misspelt_model_is_told_before_torch_is_loaded(
     assert "no model is called 'deit_tinny'; did you mean deit_tiny" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "offered"),
     [

@@ -25,6 +25,8 @@ from fixtures_io import ROOT, at_most, picture
 SECONDS = 300  # many times what is needed, however busy the machine
 MOST_MEMORY = 900_000  # KiB, beside what a run over a single small file takes
 
+pytestmark = pytest.mark.slow
+
 
 # What users have
 

@@ -113,6 +113,7 @@ SLOW_DISK = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_any_moment_and_run_again_ends_as_if_undisturbed(
     nursery: Nursery, photos: Path, tmp_path: Path, least: int
@@ -149,6 +150,7 @@ def test_killed_at_any_moment_and_run_again_ends_as_if_undisturbed(
     print(f"{kills} kills left {left} temporary files")
 
 
+@pytest.mark.slow
 def test_temporary_file_of_a_dead_process_that_nobody_has_buried_goes_too(
     nursery: Nursery, photos: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +175,7 @@ def test_temporary_file_of_a_dead_process_that_nobody_has_buried_goes_too(
 # Interrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
@@ -207,6 +210,7 @@ def test_interruption_at_any_moment_leaves_whole_files_and_tells_of_them(
     assert untold <= 1  # one may be handed over in the very microsecond
 
 
+@pytest.mark.slow
 def test_signal_that_the_parent_ignores_stays_ignored(
     nursery: Nursery, photos: Path, tmp_path: Path
 ) -> None:
@@ -245,6 +249,7 @@ def test_result_that_is_told_while_the_interruption_comes_costs_no_other(
     assert f"{len(told(done.out))} written" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("anywhere", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_interruption_while_it_starts_leaves_without_a_word(
@@ -278,6 +283,7 @@ def test_interruption_while_it_starts_leaves_without_a_word(
         assert temporaries(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_second_interruption_ends_it_at_once(
     nursery: Nursery, photos: Path, tmp_path: Path
 ) -> None:
@@ -340,6 +346,7 @@ def assert_stopped(done: Run, out: Path, why: str) -> None:
     assert {path for path in paths if path.exists()} == set(finals(out))
 
 
+@pytest.mark.slow
 @needs_mount
 def test_full_disk_stops_the_run(nursery: Nursery, photos: Path, small: Path) -> None:
     command = ["rollout", "p", *DEMO, "-o", small / "out"]
@@ -416,6 +423,7 @@ def test_folder_that_is_replaced_by_a_file_stops_the_run(
     assert out.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_folder_that_vanishes_is_made_again(nursery: Nursery, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = nursery.run(
@@ -443,6 +451,7 @@ def test_trouble_of_one_folder_stops_no_other(
 # Not read to the end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["", "--json", "-0", "--quiet"])
 def test_reader_that_leaves_ends_the_run_quietly(
     nursery: Nursery, photos: Path, tmp_path: Path, option: str
@@ -478,6 +487,7 @@ def test_stdout_that_is_closed_from_the_start_changes_nothing(
 # Not alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [[], ["--skip-existing"]], ids=["replace", "skip"])
 def test_two_runs_of_the_same_images_do_not_disturb_each_other(
     nursery: Nursery, photos: Path, tmp_path: Path, skip: list[str]
@@ -495,6 +505,7 @@ def test_two_runs_of_the_same_images_do_not_disturb_each_other(
     assert temporaries(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_two_runs_for_the_same_names_tell_which_files_are_theirs(
     nursery: Nursery, photos: Path, tmp_path: Path
 ) -> None:

@@ -120,6 +120,7 @@ def test_forward_values_are_bit_identical(
     _assert_same_forward(case.build().to(dtype), case.images().to(dtype), rule)
 
 
+@pytest.mark.slow
 @each_type
 @pytest.mark.parametrize(
     ("name", "rule"),

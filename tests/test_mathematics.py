@@ -42,7 +42,7 @@ from comparison import (
 from tiny import CASES, LARGE_CASES, TinyCase
 from vitviz.cli.app import app
 from vitviz.explaining.batch import explain_batch
-from vitviz.models.model import load_model
+from vitviz.models.model import Model, load_model
 
 SHARED = Path(__file__).parents[2] / "shared"
 WEIGHTS = SHARED / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
@@ -113,6 +113,7 @@ def test_relevance_equals_reference(case: TinyCase, setting: AnySetting) -> None
     assert error.max() <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("setting", [*ROLLOUTS[2:4], GRADIENTS[0], RELEVANCE, CLASSIC], ids=str)
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
@@ -120,12 +121,16 @@ def test_relevance_of_many_tokens_equals_reference(case: TinyCase, setting: AnyS
     assert distance(found(case, setting), reference(case, setting)).max() <= TOLERANCE
 
 
+@cache
+def _doubled(case: TinyCase) -> Model:
+    return load_model(case.build().double(), device="cpu")
+
+
 @pytest.mark.parametrize("setting", [*LINEAR, *LINEAR_STARTED], ids=str)
 @each_case
 def test_double_precision_equals_reference_closely(case: TinyCase, setting: AnySetting) -> None:
-    model = load_model(case.build().double(), device="cpu")
     images, options = case.images().double(), setting.options(requested(case))
-    maps = np.asarray(explain_batch(model, images, options).relevance, np.float64)
+    maps = np.asarray(explain_batch(_doubled(case), images, options).relevance, np.float64)
     assert distance(maps, reference(case, setting)).max() <= 1e-6
 
 
@@ -229,6 +234,7 @@ def _real_model() -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("setting", [ROLLOUTS[3], ROLLOUTS[0], GRADIENTS[1], *LINEAR], ids=str)
@@ -261,6 +267,7 @@ def _real_reference(
     return oracles.on_grid(tokens, prefix_tokens=1, grid=(14, 14))
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(
@@ -303,6 +310,7 @@ def _real_linear_reference(setting: LinearSetting, class_index: int) -> oracles.
     return oracles.on_grid(tokens, prefix_tokens=1, grid=(14, 14))
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("setting", LINEAR, ids=str)
@@ -314,6 +322,7 @@ def test_linearised_relevance_equals_reference_on_real_weights(setting: LinearSe
     assert distance(maps, np.stack(expected)[None]).max() <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(

@@ -193,6 +193,7 @@ def test_specificity_is_the_share_among_the_objects() -> None:
 # Intervals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [150, pytest.param(400, marks=pytest.mark.long)])
 def test_interval_covers_the_true_mean_as_often_as_it_says(samples: int) -> None:
     generator = np.random.default_rng(2)
@@ -204,6 +205,7 @@ def test_interval_covers_the_true_mean_as_often_as_it_says(samples: int) -> None
     assert 0.90 <= np.mean(covered) <= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [120, pytest.param(300, marks=pytest.mark.long)])
 def test_interval_of_several_cases_an_image_covers_as_often_as_it_says(samples: int) -> None:
     """Cases of one image are nearly copies: taken for images, intervals would be half as wide."""
@@ -275,6 +277,7 @@ def test_seed_decides_the_interval(seed: int) -> None:
     assert (first.low, first.high) != (other.low, other.high)
 
 
+@pytest.mark.slow
 def test_interval_is_the_middle_95_per_cent_of_the_replicates() -> None:
     drawn = Bootstrap(means=np.array([3.0]), replicates=np.arange(1001.0)[None])
     assert drawn.interval((0,)) == Interval(mean=3, low=pytest.approx(25), high=pytest.approx(975))

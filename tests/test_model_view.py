@@ -134,6 +134,7 @@ FACTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "facts"), FACTS.items(), ids=FACTS)
 def test_view_says_what_is_known_of_the_model(name: str, facts: list[str]) -> None:
     text = shown(describe(build_skeleton(name), name))

@@ -158,6 +158,7 @@ def test_what_is_no_image_is_refused() -> None:
         vitviz.relevance(tiny_model(), 7)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_notebook_runs_and_shows_what_it_gives() -> None:
     cells = [cell for cell in notebook.read()["cells"] if cell["cell_type"] == "code"]
     for cell, outputs in zip(cells, notebook.run(cells), strict=True):

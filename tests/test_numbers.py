@@ -112,6 +112,7 @@ def test_weights_that_overflow_in_half_precision_are_refused_and_named() -> None
         load_model(module, device="cpu", precision="fp16")
 
 
+@pytest.mark.slow
 def test_embedding_that_overflows_in_half_precision_is_not_called_an_unknown_readout() -> None:
     module: Any = tiny_module()
     with torch.no_grad():

@@ -296,6 +296,7 @@ def literal_chefer(
     return hits, area
 
 
+@pytest.mark.slow
 def test_chefer2021_is_what_its_authors_do() -> None:
     model, generator = tiny_model(), torch.Generator().manual_seed(4)
     perturbation = PERTURBATIONS[Convention.CHEFER2021]

@@ -115,6 +115,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_run_shows_what_it_writes_below_its_line(nursery: Nursery, here: Path) -> None:
     words = ["relevance", "star-ring.png", "-m", "demo", "-o", "out", "--show"]
     prelude = {"COLORTERM": "truecolor"}
@@ -129,6 +130,7 @@ def test_run_shows_what_it_writes_below_its_line(nursery: Nursery, here: Path) -
     assert np.array_equal(shown, np.asarray(small))
 
 
+@pytest.mark.slow
 def test_every_image_of_many_is_told_where_pictures_are_shown(nursery: Nursery, here: Path) -> None:
     for number in range(11):
         shutil.copy(SCENE, here / f"{number}.png")

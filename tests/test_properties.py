@@ -37,6 +37,7 @@ from vitviz.runs.names import output_path
 from vitviz.runs.pipeline import run
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     # A class whose gradient speaks for nothing is drawn now and then, and told of.
     pytest.mark.filterwarnings("ignore:.*, the first of "),

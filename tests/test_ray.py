@@ -41,6 +41,8 @@ cloudpickle = pytest.importorskip("ray.cloudpickle")
 NAMES = [f"{name}.png" for name in "abcdefghij"]
 ACTORS = Actors(count=2, cores=1)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo() -> Model:

@@ -39,6 +39,7 @@ def refined(images: Tensor, patch: int, refine: int) -> Tensor:
     return place_back([patch_means(shifted(images, each), patch) for each in made], made, refine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("patch", "refine"), [(8, 2), (16, 3), (14, 3), (16, 4), (12, 2), (16, 8)])
 @pytest.mark.parametrize("grid", [(3, 5), (4, 3)])
 def test_hot_pixel_stays_where_it_is(patch: int, refine: int, grid: tuple[int, int]) -> None:
@@ -176,6 +177,7 @@ def refining(setting: AnySetting, refine: int, *classes: str) -> Method:
     return replace(setting.options(classes), refine=refine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine", [2, 3])
 @pytest.mark.parametrize("setting", LITERAL, ids=str)
 def test_refined_maps_equal_images_shifted_one_by_one(setting: AnySetting, refine: int) -> None:

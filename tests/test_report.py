@@ -184,6 +184,7 @@ def test_numbers_of_other_options_are_not_taken(shell: Shell, tiny: list[str]) -
     assert "range" in images()["a.png"]["maps"][0]
 
 
+@pytest.mark.slow
 def test_report_loads_no_torch(tmp_path: Path, tiny: list[str]) -> None:
     save_pictures(tmp_path, ["a.png"])
     run_process("-m", "vitviz", "rollout", "a.png", *tiny, cwd=tmp_path)
@@ -194,6 +195,7 @@ def test_report_loads_no_torch(tmp_path: Path, tiny: list[str]) -> None:
     assert run_process("-c", code, cwd=tmp_path).out.decode().split() == [str(PAGE), "False"]
 
 
+@pytest.mark.slow
 def test_run_without_a_report_imports_nothing_of_it(tmp_path: Path, tiny: list[str]) -> None:
     save_pictures(tmp_path, ["a.png"])
     code = (
@@ -414,6 +416,7 @@ def test_page_appears_whole_or_not_at_all(
     assert PAGE.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_interrupted_run_leaves_the_older_page(tmp_path: Path, tiny: list[str]) -> None:
     save_pictures(tmp_path, ["a.png"])
     save_pictures(tmp_path / "many", [f"{number}.png" for number in range(600)])

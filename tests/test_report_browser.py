@@ -20,9 +20,12 @@ from vitviz.cli.app import main
 from vitviz.methods import diagnostics
 from vitviz.options import PictureOptions
 
-pytestmark = pytest.mark.skipif(
-    not is_there(), reason="no Chromium with its driver here: `make browser` installs them"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not is_there(), reason="no Chromium with its driver here: `make browser` installs them"
+    ),
+]
 ALPHA = PictureOptions().alpha
 UNWEIGHED = """((map, options) => {
     const seen = document.createElement('canvas'), [left, top, right, bottom] = map.region;

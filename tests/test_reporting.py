@@ -67,6 +67,7 @@ def test_reader_that_leaves_is_no_full_disk(tmp_path: Path) -> None:
         discard(stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wait_for", "words"),
     [

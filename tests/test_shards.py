@@ -133,6 +133,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(each.relative_to(folder)): each.read_bytes() for each in folder.rglob("*.png")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["rollout"], ["features"], ["similarity", "photos/c.png", "--patch", "1,1", "--to"]]
 )

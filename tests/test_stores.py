@@ -31,7 +31,10 @@ from vitviz.images.stores import StoredObject, safe_key
 
 NAMES = [f"{number:02}.png" for number in range(12)]
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(botocore|moto|s3fs).*")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(botocore|moto|s3fs).*"),
+]
 
 
 @pytest.fixture

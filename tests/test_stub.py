@@ -9,6 +9,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 import vitviz
 from fixtures_io import ROOT
 from tests.stub import STUB, stub
@@ -44,6 +46,7 @@ def test_each_method_has_its_function() -> None:
         assert function.__doc__ and "Args:" in function.__doc__
 
 
+@pytest.mark.slow
 def test_type_checker_sees_types_and_finds_misspelt_names_and_options(tmp_path: Path) -> None:
     said = checked(
         tmp_path,

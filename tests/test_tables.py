@@ -85,6 +85,7 @@ def test_rows_say_what_records_and_files_say(run: Shell) -> None:
         assert (row["height"], row["width"], row["error"]) == (48, 64, None)
 
 
+@pytest.mark.slow
 def test_duckdb_pandas_and_polars_read_it(run: Shell) -> None:
     run("rollout", "photos", *TABLE, "table")
     frame = pd.read_parquet("maps.parquet").set_index("key").sort_index()
@@ -119,6 +120,7 @@ def test_save_none_writes_no_file(run: Shell) -> None:
     assert _keys(rows) == NAMES
 
 
+@pytest.mark.slow
 def test_rerun_skips_what_was_made_from_the_same_bytes_by_the_same_recipe(run: Shell) -> None:
     run("rollout", "photos", *TABLE, "none")
     before = _rows()
@@ -135,6 +137,7 @@ def test_rerun_skips_what_was_made_from_the_same_bytes_by_the_same_recipe(run: S
     assert {record["status"] for record in table.records} == {"written"}
 
 
+@pytest.mark.slow
 def test_rows_of_other_methods_and_images_stay(run: Shell) -> None:
     run("rollout", "photos/a.png", *TABLE, "none")
     run("rollout", "photos/b.png", *TABLE, "none")
@@ -180,6 +183,7 @@ def test_failure_leaves_what_there_was(run: Shell) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_shards_fill_one_table(run: Shell) -> None:
     run("rollout", "photos", *TABLE, "table", "--batch-size", "1")
     for number in (1, 2, 3):
@@ -284,6 +288,7 @@ def _wait_for_parts(folder: Path, count: int) -> None:
     raise TimeoutError(f"no {count} parts in {folder}")
 
 
+@pytest.mark.slow
 def test_kill_costs_a_part_and_a_rerun_makes_it_whole(tmp_path: Path) -> None:
     names = [f"{number:03}.png" for number in range(60)]
     save_pictures(tmp_path / "photos", names)
@@ -303,6 +308,7 @@ def test_kill_costs_a_part_and_a_rerun_makes_it_whole(tmp_path: Path) -> None:
     assert not list((tmp_path / "maps.parquet").glob(".*"))
 
 
+@pytest.mark.slow
 def test_interruption_loses_no_row_that_was_told(tmp_path: Path) -> None:
     save_pictures(tmp_path / "photos", [f"{number:03}.png" for number in range(60)])
     stopped = _start(tmp_path)
@@ -314,6 +320,7 @@ def test_interruption_loses_no_row_that_was_told(tmp_path: Path) -> None:
     assert 0 < len(told) < 60
 
 
+@pytest.mark.slow
 def test_what_vitviz_did_not_write_is_left_alone(run: Shell) -> None:
     Path("maps.parquet").mkdir()
     pd.DataFrame({"key": ["photos/a.png"]}).to_parquet("maps.parquet/mine.parquet")
@@ -360,6 +367,7 @@ def test_predictions_alone_need_no_table(run: Shell) -> None:
     assert all(record["predictions"] for record in done.records)
 
 
+@pytest.mark.slow
 def test_run_without_a_table_imports_no_pyarrow(tmp_path: Path) -> None:
     save_pictures(tmp_path, ["a.png"])
     program = (

@@ -339,6 +339,7 @@ def _run(*words: str) -> Any:
     return CliRunner().invoke(app, [*words, "-m", "demo", "--device", "cpu"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grad-rollout", "relevance", "evidence"])
 def test_command_writes_names_records_and_provenance(method: str, tmp_path: Path) -> None:
     words = (method, str(SCENE), "--class", "star", "--versus", "ring", "-o", str(tmp_path))

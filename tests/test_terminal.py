@@ -54,6 +54,7 @@ def bare(text: str) -> str:
     return re.sub(r"[\d.]+", "#", "".join(text.split()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "command"),
     [
@@ -72,6 +73,7 @@ def test_text_is_spelt_out_where_the_encoding_ends(
         assert bare(done.out.decode(encoding)) == bare(spelt(whole.out.decode(), encoding))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_evaluation_is_told_in_any_encoding(typed: Typed, tiny: list[str], encoding: str) -> None:
     save_pictures(Path(), ["p/a.png"])
@@ -117,6 +119,7 @@ def latin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"LOCPATH": str(folder), "LC_ALL": "latin.iso88591", "PYTHONUTF8": "0"}
 
 
+@pytest.mark.slow
 def test_locale_of_iso_8859_1(latin: dict[str, str], tiny: list[str], tmp_path: Path) -> None:
     save_pictures(tmp_path, ["a.png"])
     (tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
@@ -149,6 +152,7 @@ def test_working_directory_that_is_gone_is_told(
     assert "the working directory cannot be found" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", ["0", "00", ""])
 def test_terminal_of_no_width_is_one_of_the_usual(
     typed: Typed, width: str, monkeypatch: pytest.MonkeyPatch

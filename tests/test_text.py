@@ -278,6 +278,7 @@ def save_folder(tmp_path: Path, kind: str) -> None:
     save_file(tower(kind).state_dict(), tmp_path / "tower" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_commands_explain_prompts(tmp_path: Path, shell: Shell, kind: str) -> None:
     save_folder(tmp_path, kind)
@@ -331,6 +332,7 @@ def whole_model(tmp_path: Path, kind: str, **others: Any) -> nn.Module:
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_logits_are_those_of_open_clip_with_its_own_checkpoint(tmp_path: Path, kind: str) -> None:
     model: Any = whole_model(tmp_path, kind)
@@ -349,6 +351,7 @@ def test_logits_are_those_of_open_clip_with_its_own_checkpoint(tmp_path: Path, k
     assert found.score_kind == ("sigmoid" if kind == "siglip" else "softmax")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["weights", "folder", "training"])
 def test_prompts_are_scored_as_by_open_clip(tmp_path: Path, form: str) -> None:
     whole: Any = whole_model(tmp_path, "clip")

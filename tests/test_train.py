@@ -29,7 +29,7 @@ from vitviz.models.model import load_model
 BUNDLED = Path(vitviz.__file__).parent / "demo"
 
 # What has hardly learned yet may look nowhere.
-pytestmark = pytest.mark.filterwarnings("ignore:no heat at all")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:no heat at all")]
 
 STYLE = SceneStyle(max_objects=1, radius=(0.35, 0.42), clutter=0)
 ROUNDS = (

@@ -240,6 +240,7 @@ MAPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "method"), MAPS, ids=lambda each: str(each))
 def test_maps_are_those_of_the_formulas_on_transformers_own_model(
     case: SourceCase, method: str
@@ -321,6 +322,7 @@ def test_object_inside_of_a_module_with_weights_of_its_own_is_refused() -> None:
 ODD_SHAPES = ((), (0,), (1,), (3,), (47, 5), (0, 48), (1, 1, 1, 1, 1))
 
 
+@pytest.mark.slow
 @each_case
 def test_tensor_of_any_odd_shape_is_named_with_its_place(case: SourceCase, tmp_path: Path) -> None:
     config = object_config(source(case))

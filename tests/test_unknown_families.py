@@ -552,6 +552,7 @@ def test_model_whose_patch_tokens_fill_no_grid_is_refused() -> None:
     _assert_refused(_seeded(LosesAPatch), "makes 14 patch tokens of a 24×40 image, and no grid")
 
 
+@pytest.mark.slow
 def test_model_whose_patches_reach_beyond_the_image_is_refused() -> None:
     module = tiny_module(img_size=70, dynamic_img_pad=True)
     with pytest.raises(UnsupportedModelError, match="pads 70×70 images to 80×80.*for 64×64"):

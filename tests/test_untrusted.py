@@ -169,6 +169,7 @@ def rezipped(path: Path) -> Path:
     return packed
 
 
+@pytest.mark.slow
 def test_zip_bomb_is_refused_before_it_is_unpacked(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +318,7 @@ def nasty_labels() -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_nasty_texts_are_shown_and_not_obeyed_in_a_pipe(shell: Shell) -> None:
     labels, folder = nasty_labels(), model_folder(label_names=NASTY, architecture=NAME)
     words = ["grad-rollout", "a.png", "-m", str(folder), "--save", "panel", "--class", "0"]

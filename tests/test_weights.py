@@ -395,6 +395,7 @@ def test_hub_out_of_reach_is_said_at_once(monkeypatch: pytest.MonkeyPatch, name:
     assert "127.0.0.1:9" in message
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("empty_cache")
 def test_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch, mute: str) -> None:
     monkeypatch.setenv("HF_ENDPOINT", mute)
@@ -444,6 +445,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**result, "stderr": "\n".join(line for line in done.err.splitlines() if "down" in line)}
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_downloaded(story: dict[str, Any]) -> None:
     first = story["first"]
     assert first.get("digest") == digest_weights(tiny_module(classes=1000, img_size=160)), first
@@ -453,16 +455,19 @@ def test_pretrained_weights_are_downloaded(story: dict[str, Any]) -> None:
     assert first["asked"]
 
 
+@pytest.mark.slow
 def test_downloaded_weights_are_not_asked_for_again(story: dict[str, Any]) -> None:
     assert story["again"]["digest"] == story["first"]["digest"]
     assert story["again"]["asked"] == 0
 
 
+@pytest.mark.slow
 def test_downloaded_weights_work_without_the_hub(story: dict[str, Any]) -> None:
     assert story["offline"]["digest"] == story["first"]["digest"]
     assert story["offline tuned"].get("digest") == story["tuned"].get("digest") is not None
 
 
+@pytest.mark.slow
 def test_hub_model_brings_its_own_labels_and_scores(story: dict[str, Any]) -> None:
     tuned = story["tuned"]
     assert tuned.get("digest") == digest_weights(tiny_module()), tuned
@@ -471,6 +476,7 @@ def test_hub_model_brings_its_own_labels_and_scores(story: dict[str, Any]) -> No
     assert tuned["score_kind"] == "sigmoid"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["unknown", "invalid", "nameless", "broken", "offline new"])
 def test_hub_that_does_not_deliver_ends_in_one_line(story: dict[str, Any], case: str) -> None:
     assert "error" in story[case], story[case]
@@ -489,6 +495,7 @@ TROUBLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TROUBLES)
 def test_hub_in_trouble_is_told_in_one_line_with_the_way_out(
     story: dict[str, Any], case: str
@@ -500,15 +507,18 @@ def test_hub_in_trouble_is_told_in_one_line_with_the_way_out(
     assert "\n" not in error
 
 
+@pytest.mark.slow
 def test_attempts_of_the_hubs_client_are_not_told_one_by_one(story: dict[str, Any]) -> None:
     assert story["stderr"] == ""
 
 
+@pytest.mark.slow
 def test_hub_that_falls_silent_is_given_up(story: dict[str, Any]) -> None:
     assert "error" in story["silent"], story["silent"]
     assert story["silent"]["seconds"] < 10
 
 
+@pytest.mark.slow
 def test_hub_model_without_weights_is_told_which_were_looked_for(story: dict[str, Any]) -> None:
     error = story["bare"].get("error", "")
     assert "someone/bare has none of model.safetensors, pytorch_model.bin" in error

@@ -121,6 +121,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Member, Specimen]]:
     yield member, collect(member.name, narrow=True)
 
 
+@pytest.mark.slow
 def test_specimen_would_show_a_mistake(pair: tuple[Member, Specimen]) -> None:
     assert_telling(pair[1])
 
@@ -148,6 +149,7 @@ def test_relevance_equals_reference(pair: tuple[Member, Specimen]) -> None:
     assert_relevance_equals_reference(specimen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [0, None])
 def test_features_equal_those_of_timm_with_and_without_a_head(
     pair: tuple[Member, Specimen], block: int | None
@@ -195,6 +197,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reason"), [(name, reason) for reason, names in REFUSED.items() for name in names]
 )
