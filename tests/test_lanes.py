@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from timm.models.cait import Cait
 from torch import Tensor
 
 from fixtures_io import tiny_model, tiny_module
-from vitviz.explaining import parallel as lanes
+from vitviz.explaining import parallel
 from vitviz.explaining.batch import explain_batch
 from vitviz.explaining.parallel import batch_size_for, map_parts
+from vitviz.methods import row_form
+from vitviz.methods.fusion import fuse_heads
 from vitviz.methods.method import Method
 from vitviz.methods.rollout import GradRollout, Rollout
+from vitviz.models import cores
+from vitviz.models.attention import AttentionRecord
 from vitviz.models.capture import AttentionCapture
 from vitviz.models.model import Model, load_model
 from vitviz.options import HeadFusion
@@ -69,8 +74,8 @@ def test_lanes_give_the_maps_of_one_lane(
     with monkeypatch.context() as patch:
         patch.setattr(model.module, "forward", noted)
         side_by_side = explain_batch(model, images, options)
-    monkeypatch.setattr(lanes, "_threads_are_own", lambda: False)
-    monkeypatch.setattr(lanes, "_PART_TOKENS", 1 << 20)
+    monkeypatch.setattr(cores, "_threads_are_own", lambda: False)
+    monkeypatch.setattr(parallel, "_PART_TOKENS", 1 << 20)
     one_by_one = explain_batch(model, images, options)
     torch.testing.assert_close(side_by_side.logits, one_by_one.logits)
     torch.testing.assert_close(side_by_side.relevance, one_by_one.relevance)
@@ -191,4 +196,32 @@ def test_threads_are_own_where_the_backend_is_openmp(
     """Torch names OpenMP among the libraries too, whether it runs in its threads or not."""
     info = f"OpenMP 201511\n\tomp_get_max_threads() : 3\nATen parallel backend: {backend}\n"
     monkeypatch.setattr(torch.__config__, "parallel_info", lambda: info)
-    assert lanes._threads_are_own() is own
+    assert cores._threads_are_own() is own
+
+
+@pytest.mark.parametrize("discard", [0, 0.9])
+def test_threads_that_share_the_rows_of_a_long_sequence_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, discard: float
+) -> None:
+    drawn = torch.randn(2, 2, 1, 3, 50, 8, generator=torch.Generator().manual_seed(0))
+    records = [
+        AttentionRecord(query=query, key=key, value=None, output=None, bias=None, scale=1)
+        for query, key in drawn
+    ]
+    seen: set[threading.Thread] = set()
+
+    def fuse(record: AttentionRecord, images: slice, queries: slice) -> Tensor:
+        seen.add(threading.current_thread())
+        assert torch.get_num_threads() == (3 if len(seen & {threading.main_thread()}) else 1)
+        return fuse_heads(record, HeadFusion.MAX)(images, queries)
+
+    def rolled_out() -> Tensor:
+        seen.clear()
+        fusions = [partial(fuse, record) for record in records]
+        return row_form.attention_rollout(records, fusions, torch.eye(50)[0], discard=discard)
+
+    alone = rolled_out()
+    assert seen == {threading.main_thread()}
+    monkeypatch.setattr(row_form, "_WORTH_THREADS", 1)
+    torch.testing.assert_close(rolled_out(), alone)
+    assert threading.main_thread() not in seen

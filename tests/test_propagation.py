@@ -107,10 +107,19 @@ def test_only_rows_that_are_read_are_computed_in_the_last_block() -> None:
     assert asked == [slice(2, 4), slice(0, 9)]
 
 
+def _discard(fused: Tensor, ratio: float, rows: int = 3) -> None:
+    """Discard in place, the maps in pieces of some rows each."""
+    pieces = fused.split(rows, dim=1)
+    lowest = discard.lowest_kept(pieces, ratio, map)
+    assert lowest is not None
+    for piece in pieces:
+        discard.keep_from(piece, lowest)
+
+
 def test_nearest_ratio_to_1_keeps_an_entry() -> None:
     fused = drawn(2, 5, 5)
     highest = fused.flatten(1).amax(dim=1)
-    discard.discard_lowest(fused, math.nextafter(1, 0))
+    _discard(fused, math.nextafter(1, 0))
     assert torch.equal(fused.flatten(1).sum(dim=1), highest)
 
 
@@ -131,36 +140,42 @@ ENTRIES = {
 def test_order_statistic_is_that_of_the_sorted_entries(entries: np.ndarray, share: float) -> None:
     index = int(share * entries.size)
     before = entries.copy()
-    assert discard._order_statistic(entries, index) == np.sort(entries)[index]
+    for pieces in ([entries], np.array_split(entries, 3)):
+        assert discard._order_statistic(pieces, index) == np.sort(entries)[index]
     assert np.array_equal(entries, before)
 
 
 def test_order_statistic_survives_a_sample_that_tells_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = np.arange(5000, dtype=np.float32)
-    monkeypatch.setattr(discard, "_sample_positions", lambda size: np.arange(100))
-    assert discard._order_statistic(entries, 4000) == 4000
+    monkeypatch.setattr(discard, "_sample_positions", lambda size, part: np.arange(100))
+    assert discard._order_statistic([entries], 4000) == 4000
+    assert discard._order_statistic([entries[:3000], entries[3000:]], 4000) == 4000
 
 
 def test_entries_that_are_not_numbers_are_not_hidden() -> None:
-    entries = drawn(2, 400)
-    entries[0, 7] = torch.nan
-    discard._zero_by_selection(entries, 300)
-    assert entries[0, 7].isnan()
-    assert int((entries[1] == 0).sum()) == 300
+    fused = drawn(2, 20, 20)
+    fused[0, 0, 7] = torch.nan
+    _discard(fused, 0.75)
+    assert fused[0, 0, 7].isnan()
+    assert int((fused[1] == 0).sum()) == 300
 
 
-@pytest.mark.parametrize("count", [1, 200, 399])
-def test_processor_and_accelerator_discard_the_same(count: int) -> None:
-    here, there = drawn(3, 400), drawn(3, 400)
-    discard._zero_by_selection(here, count)
-    discard._zero_by_topk(there, count)
+@pytest.mark.parametrize("ratio", [0.0025, 0.5, 0.9975])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_processor_and_accelerator_discard_the_same(
+    monkeypatch: pytest.MonkeyPatch, ratio: float, rows: int
+) -> None:
+    here, there = drawn(3, 20, 20), drawn(3, 20, 20)
+    _discard(here, ratio, rows)
+    monkeypatch.setattr(discard, "_is_on_processor", lambda maps: False)
+    _discard(there, ratio, rows)
     assert torch.equal(here, there)
-    assert ((here == 0).sum(dim=1) == count).all()
+    assert ((here == 0).flatten(1).sum(dim=1) == round(400 * ratio)).all()
 
 
 def test_entries_on_an_accelerator_are_discarded_there() -> None:
     """The meta device stands for any but the processor; it computes shapes, and moves nothing."""
-    discard.discard_lowest(torch.empty(2, 5, 5, device="meta"), 0.5)
+    _discard(torch.empty(2, 5, 5, device="meta"), 0.5)
 
 
 @pytest.mark.parametrize("discard", [0, 0.5])

@@ -1,21 +1,15 @@
-"""Parts of a batch side by side on the cores of a processor; knows no model.
-
-One thread of torch for each of several small parts of a batch is a third faster than all threads
-on the whole batch: no thread waits for another within a layer, and what a part computes stays in
-the cache of its core.
-"""
+"""Parts of a batch side by side on the cores of a processor; knows no model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from vitviz.streaming import worker_threads
+from vitviz.models.cores import side_by_side
 
 __all__ = ["batch_size_for", "map_parts"]
 
@@ -60,20 +54,9 @@ def map_parts(
     cores = torch.get_num_threads()
     size = min(_part_size(tokens), math.ceil(len(images) / cores))
     parts = list(zip(*(torch.split(each, size) for each in (images, *others)), strict=True))
-    lanes = min(cores, len(parts))
-    if lanes == 1 or tokens > _LONG or not _threads_are_own():
-        return [work(*part) for part in parts]
-    try:
-        with worker_threads(lanes, partial(torch.set_num_threads, cores // lanes)) as pool:
-            return list(pool.map(lambda part: work(*part), parts))
-    finally:
-        torch.set_num_threads(cores)  # of threads that are yet to come
+    with side_by_side(1 if tokens > _LONG else min(cores, len(parts))) as spread:
+        return list(spread(lambda part: work(*part), parts))
 
 
 def _part_size(tokens: int) -> int:
     return max(1, _PART_TOKENS // tokens)
-
-
-def _threads_are_own() -> bool:
-    """Tell whether each thread has its own number of torch's threads, as with OpenMP."""
-    return "OpenMP" in torch.__config__.parallel_info().split("ATen parallel backend:")[-1]

@@ -7,6 +7,7 @@ attention exists in chunks, one block at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitviz.methods.discard import discard_lowest
+from vitviz.methods.discard import keep_from, lowest_kept
 from vitviz.methods.fusion import Fusion
 from vitviz.models.attention import Attention
+from vitviz.models.cores import Spread, side_by_side
 
 __all__ = [
     "attention_rollout",
@@ -28,6 +30,7 @@ __all__ = [
 
 
 _CHUNK_ENTRIES = 1 << 20  # attention entries of all heads held at once: stays in cache
+_WORTH_THREADS = 1 << 22  # of an image's block, above which rows are worked on side by side
 
 
 def attention_rollout(
@@ -52,14 +55,17 @@ def attention_rollout(
     relevance = readout.expand(batch, tokens)  # wᵀ, to be multiplied with the last Â first
     # Of the last block only the rows that are read matter, unless a threshold needs all of them.
     queries = slice(0, tokens) if discard else _support(readout)
-    for record, fusion in zip(reversed(records), reversed(fusions), strict=True):
-        relevance = torch.cat(
-            [
-                _through_block(relevance[images], partial(fusion, images), row_chunks, discard)
-                for images, row_chunks in _chunks(record.shape, queries)
+    threads = _threads(records[-1].shape, readout.device)
+    with side_by_side(threads) as spread:
+        for record, fusion in zip(reversed(records), reversed(fusions), strict=True):
+            carried = [
+                _through_block(
+                    relevance[images], partial(fusion, images), row_chunks, discard, spread
+                )
+                for images, row_chunks in _chunks(record.shape, queries, threads)
             ]
-        )
-        queries = slice(0, tokens)  # further down, every token may carry relevance
+            relevance = torch.cat(carried) if len(carried) > 1 else carried[0]
+            queries = slice(0, tokens)  # further down, every token may carry relevance
     return relevance
 
 
@@ -169,23 +175,46 @@ def pooled_readout(tail: Sequence[Fusion], tokens: int) -> Tensor:
 
 
 def _through_block(
-    relevance: Tensor, fusion: Callable[[slice], Tensor], row_chunks: list[slice], discard: float
+    relevance: Tensor,
+    fusion: Callable[[slice], Tensor],
+    row_chunks: list[slice],
+    discard: float,
+    spread: Spread,
 ) -> Tensor:
     """Multiply relevance (images, tokens) with one block's Â from the left."""
-    carried = torch.zeros_like(relevance)
     if discard:
-        # Before the residual connection is added, so that no token loses its own. The threshold is
-        # taken over the whole map, so for once the whole map is needed.
-        whole = torch.cat([_mean(fusion(rows)) for rows in row_chunks], dim=1)
-        discard_lowest(whole, discard)
-        row_chunks, fusion = [slice(None)], lambda _: whole.unsqueeze(1)
-    for rows in row_chunks:
+        fusion = _discarding(fusion, row_chunks, discard, spread)
+
+    def carry(rows: slice) -> tuple[Tensor, Tensor]:
         maps = fusion(rows)
         # Rows of (F + I)/2 divided by their sums: the halves cancel, the identity adds 1.
         weights = relevance[:, rows] / (_mean(maps.sum(dim=-1)) + 1)
+        return weights, _gather(weights, maps)
+
+    carried = torch.zeros_like(relevance)
+    for rows, (weights, passed) in zip(row_chunks, spread(carry, row_chunks), strict=True):
         carried[:, rows] += weights  # relevance · I
-        carried += _gather(weights, maps)  # relevance · F
+        carried += passed  # relevance · F
     return carried
+
+
+def _discarding(
+    fusion: Callable[[slice], Tensor], row_chunks: list[slice], ratio: float, spread: Spread
+) -> Callable[[slice], Tensor]:
+    """Return a block's fused attention with its lowest entries set to 0, for each chunk once.
+
+    Before the residual connection is added, so that no token loses its own. The threshold is taken
+    over the whole map, so for once the whole map is held.
+    """
+    whole = list(spread(lambda rows: _mean(fusion(rows)), row_chunks))
+    lowest = lowest_kept(whole, ratio, spread)
+    held = dict(zip([rows.start for rows in row_chunks], whole, strict=True))
+
+    def kept(rows: slice) -> Tensor:
+        maps = held.pop(rows.start)
+        return (maps if lowest is None else keep_from(maps, lowest)).unsqueeze(1)
+
+    return kept
 
 
 def _gather(weights: Tensor, maps: Tensor) -> Tensor:
@@ -205,12 +234,22 @@ def _support(readout: Tensor) -> slice:
     return slice(int(read.min()), int(read.max()) + 1) if len(read) else slice(0, 1)
 
 
-def _chunks(shape: tuple[int, ...], wanted: slice) -> Iterator[tuple[slice, list[slice]]]:
+def _threads(shape: tuple[int, ...], device: torch.device) -> int:
+    """Choose how many threads share the rows of an image; parts of a batch have their own."""
+    _, heads, queries, keys = shape
+    is_long = heads * queries * keys >= _WORTH_THREADS
+    return torch.get_num_threads() if is_long and device.type == "cpu" else 1
+
+
+def _chunks(
+    shape: tuple[int, ...], wanted: slice, threads: int = 1
+) -> Iterator[tuple[slice, list[slice]]]:
     """Split the wanted rows of a batch's attention into pieces that stay in cache.
 
     Args:
         shape: (batch, heads, queries, keys).
         wanted: Which queries.
+        threads: How many work on the queries of some images.
 
     Yields:
         Some images, and all wanted queries in pieces.
@@ -218,7 +257,7 @@ def _chunks(shape: tuple[int, ...], wanted: slice) -> Iterator[tuple[slice, list
     batch, heads, _, keys = shape
     queries = wanted.stop - wanted.start
     images = max(1, _CHUNK_ENTRIES // (heads * queries * keys))
-    rows = max(1, min(queries, _CHUNK_ENTRIES // (heads * keys)))
+    rows = max(1, min(math.ceil(queries / threads), _CHUNK_ENTRIES // (heads * keys)))
     for start in range(0, batch, images):
         yield (
             slice(start, min(start + images, batch)),
