@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitviz.methods import discard, row_form
+from vitviz.methods import discard
 from vitviz.methods.fusion import Fusion, fuse_heads
 from vitviz.methods.row_form import attention_rollout, pooled_readout
+from vitviz.models import attention as attention_room
 from vitviz.models.attention import AttentionRecord, MaterializedAttention
 from vitviz.options import HeadFusion
 
@@ -79,7 +80,7 @@ def test_pieces_of_any_size_give_the_same(
     fusions = [fuse_heads(record, fusion) for record in records]
     readout = drawn(9, seed=3) * torch.tensor([0, 0, 1, 0, 1, 1, 0, 0, 0])
     readout /= readout.sum()
-    monkeypatch.setattr(row_form, "_CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(attention_room, "_CHUNK_ENTRIES", entries)
     found = attention_rollout(records, fusions, readout, discard=discard)
     expected = readout.double().numpy()
     for image in range(3):
@@ -209,7 +210,7 @@ def test_no_piece_is_larger_than_asked_for(monkeypatch: pytest.MonkeyPatch, entr
         sizes.append(piece.numel())
         return piece
 
-    monkeypatch.setattr(row_form, "_CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(attention_room, "_CHUNK_ENTRIES", entries)
     attention_rollout([record], [noted], torch.full((9,), 1 / 9), discard=0)
     assert sum(sizes) == 3 * 2 * 9 * 9
     assert max(sizes) <= max(entries, 2 * 9)

@@ -313,7 +313,7 @@ def _run(
     images: Tensor,
 ) -> tuple[Tensor, ForwardPass]:
     """Run the model; return its output and what a method needs of the way there."""
-    with capture.recording(), backward():
+    with backward(), capture.recording():  # which sees what the backward pass is changed to
         output = model.output(images)
         records = capture.take(model.layout.calls)[method.first_block :]
         forward = ForwardPass(

@@ -7,8 +7,7 @@ attention exists in chunks, one block at a time.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from vitviz.methods.discard import keep_from, lowest_kept
 from vitviz.methods.fusion import Fusion
-from vitviz.models.attention import Attention
+from vitviz.models.attention import Attention, chunks
 from vitviz.models.cores import Spread, side_by_side
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
 ]
 
 
-_CHUNK_ENTRIES = 1 << 20  # attention entries of all heads held at once: stays in cache
 _WORTH_THREADS = 1 << 22  # of an image's block, above which rows are worked on side by side
 
 
@@ -62,7 +60,7 @@ def attention_rollout(
                 _through_block(
                     relevance[images], partial(fusion, images), row_chunks, discard, spread
                 )
-                for images, row_chunks in _chunks(record.shape, queries, threads)
+                for images, row_chunks in chunks(record.shape, queries, threads)
             ]
             relevance = torch.cat(carried) if len(carried) > 1 else carried[0]
             queries = slice(0, tokens)  # further down, every token may carry relevance
@@ -115,7 +113,7 @@ def gathered(record: Attention, fusion: Fusion, weights: Tensor) -> Tensor:
         (batch, keys).
     """
     found = torch.zeros_like(weights)
-    for images, row_chunks in _chunks(record.shape, _support(weights)):
+    for images, row_chunks in chunks(record.shape, _support(weights)):
         for rows in row_chunks:  # those that carry anything
             found[images] += _gather(weights[images, rows], fusion(images, rows))
     return found
@@ -141,7 +139,7 @@ def gathered_by_heads(records: Sequence[Attention], readout: Tensor) -> Tensor:
                 ),
                 start=torch.zeros((), device=readout.device),
             )
-            for images, row_chunks in _chunks(record.shape, _support(readout))
+            for images, row_chunks in chunks(record.shape, _support(readout))
         ]
         blocks.append(torch.cat(of_block).squeeze(2))
     return torch.stack(blocks, dim=1)
@@ -239,30 +237,3 @@ def _threads(shape: tuple[int, ...], device: torch.device) -> int:
     _, heads, queries, keys = shape
     is_long = heads * queries * keys >= _WORTH_THREADS
     return torch.get_num_threads() if is_long and device.type == "cpu" else 1
-
-
-def _chunks(
-    shape: tuple[int, ...], wanted: slice, threads: int = 1
-) -> Iterator[tuple[slice, list[slice]]]:
-    """Split the wanted rows of a batch's attention into pieces that stay in cache.
-
-    Args:
-        shape: (batch, heads, queries, keys).
-        wanted: Which queries.
-        threads: How many work on the queries of some images.
-
-    Yields:
-        Some images, and all wanted queries in pieces.
-    """
-    batch, heads, _, keys = shape
-    queries = wanted.stop - wanted.start
-    images = max(1, _CHUNK_ENTRIES // (heads * queries * keys))
-    rows = max(1, min(math.ceil(queries / threads), _CHUNK_ENTRIES // (heads * keys)))
-    for start in range(0, batch, images):
-        yield (
-            slice(start, min(start + images, batch)),
-            [
-                slice(row, min(row + rows, wanted.stop))
-                for row in range(wanted.start, wanted.stop, rows)
-            ],
-        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,16 @@ from torch.nn import functional as F
 
 from vitviz.errors import CaptureError
 
-__all__ = ["Attention", "AttentionRecord", "MaterializedAttention", "at_least_float32"]
+__all__ = [
+    "Attention",
+    "AttentionRecord",
+    "MaterializedAttention",
+    "SdpaArguments",
+    "at_least_float32",
+    "chunks",
+]
+
+_CHUNK_ENTRIES = 1 << 20  # attention entries of all heads held at once: stays in cache
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +81,23 @@ class AttentionRecord:
         return _products(
             at_least_float32(gradient[images, :, queries]), self._per_head(self.value[images])
         )
+
+    def value_gradients(self, gradient: Tensor) -> Tensor:
+        """Compute ∂y/∂V = Aᵀ·∂y/∂O, A being constant.
+
+        Args:
+            gradient: ∂y/∂O for the whole batch, (batch, heads, queries, value_dim).
+
+        Returns:
+            (batch, key_heads, keys, value_dim).
+        """
+        batch, heads, queries, keys = self.shape
+        found = gradient.new_zeros(batch, heads, keys, gradient.shape[-1])
+        for images, row_chunks in chunks(self.shape, slice(0, queries)):
+            for rows in row_chunks:
+                passed = self.probabilities(images, rows).transpose(2, 3).to(gradient.dtype)
+                found[images] += passed @ gradient[images, :, rows]
+        return found.view(batch, self.key.shape[1], -1, *found.shape[2:]).sum(dim=2)
 
     def value_norms(self) -> Tensor:
         """Compute ‖W_o v_j‖, how much the value of each token j can move the tokens that see it.
@@ -132,9 +160,76 @@ class MaterializedAttention:
 Attention = AttentionRecord | MaterializedAttention
 
 
+@dataclass(frozen=True, eq=False)
+class SdpaArguments:
+    """The arguments of ``scaled_dot_product_attention``, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def record(
+        self, *, value: Tensor | None = None, output: Tensor | None = None
+    ) -> AttentionRecord:
+        """Keep what is needed to compute any part of the probabilities."""
+        return AttentionRecord(
+            query=self.query.detach().contiguous(),
+            key=self.key.detach().contiguous(),
+            value=value,
+            output=output,
+            bias=self._bias(),
+            scale=self.query.shape[-1] ** -0.5 if self.scale is None else self.scale,
+        )
+
+    def _bias(self) -> Tensor | None:
+        """Turn a mask of any form into a bias on the scores."""
+        mask = self.attn_mask
+        if self.is_causal:
+            shape = self.query.shape[-2], self.key.shape[-2]
+            mask = torch.ones(shape, dtype=torch.bool, device=self.query.device).tril()
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+            return bias.masked_fill(~mask, float("-inf"))
+        return mask.detach()
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Widen half precision, in which probabilities would not sum to 1; leave all else."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def chunks(
+    shape: tuple[int, ...], wanted: slice, threads: int = 1
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Split the wanted rows of a batch's attention into pieces that stay in cache.
+
+    Args:
+        shape: (batch, heads, queries, keys).
+        wanted: Which queries.
+        threads: How many work on the queries of some images.
+
+    Yields:
+        Some images, and all wanted queries in pieces.
+    """
+    batch, heads, _, keys = shape
+    queries = wanted.stop - wanted.start
+    images = max(1, _CHUNK_ENTRIES // (heads * queries * keys))
+    rows = max(1, min(math.ceil(queries / threads), _CHUNK_ENTRIES // (heads * keys)))
+    for start in range(0, batch, images):
+        yield (
+            slice(start, min(start + images, batch)),
+            [
+                slice(row, min(row + rows, wanted.stop))
+                for row in range(wanted.start, wanted.stop, rows)
+            ],
+        )
 
 
 def _projected_norms(value: Tensor | None, projection: Tensor | None) -> Tensor:

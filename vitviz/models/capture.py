@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vitviz.errors import CaptureError
-from vitviz.models.attention import Attention, AttentionRecord, MaterializedAttention
+from vitviz.models.attention import Attention, MaterializedAttention, SdpaArguments
 from vitviz.models.prepared import prepared
 from vitviz.models.projections import Joining
 from vitviz.models.structure import blocks_of
@@ -110,23 +110,41 @@ class AttentionCapture:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what this thread runs; threads do not see each other's records."""
+        """Record what this thread runs; threads do not see each other's records.
+
+        Inside of itself, it sees what other modes that were entered meanwhile make of a call.
+        """
         if self._is_recording:
-            yield
+            with self._watching():
+                yield
             return
         self._of_thread.records, self._of_thread.tokens = [], []
         self._of_thread.outputs = []
         self._of_thread.begun, self._of_thread.joining = {}, None
         try:
-            with _CallMode(self):
+            with self._watching():
                 yield
         finally:
             vars(self._of_thread).clear()
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        outer = self._mode
+        with _CallMode(self) as self._of_thread.mode:
+            try:
+                yield
+            finally:
+                self._of_thread.mode = outer
 
     @property
     def _is_recording(self) -> bool:
         """Whether this thread is inside; hooks are called in all threads that run the model."""
         return hasattr(self._of_thread, "records")
+
+    @property
+    def _mode(self) -> _CallMode | None:
+        """The innermost mode of this thread, which alone sees calls; None outside."""
+        return getattr(self._of_thread, "mode", None)
 
     @property
     def _records(self) -> list[Attention]:
@@ -185,21 +203,11 @@ class AttentionCapture:
         if self._is_recording:
             self._of_thread.outputs.append(output)
 
-    def _record_call(self, call: Callable[..., Tensor], arguments: _SdpaArguments) -> Tensor:
-        query, key, value = arguments.query, arguments.key, arguments.value
-        output = _own_values(query, value) if self._isolate else call()
-        scale = arguments.scale
+    def _record_call(self, call: Callable[..., Tensor], arguments: SdpaArguments) -> Tensor:
+        output = _own_values(arguments.query, arguments.value) if self._isolate else call()
         differentiable = self._differentiable(output)
-        self._keep(
-            AttentionRecord(
-                query=query.detach().contiguous(),
-                key=key.detach().contiguous(),
-                value=None if differentiable is None else value.detach(),
-                output=differentiable,
-                bias=_additive(arguments, query.shape[-2], key.shape[-2]),
-                scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            )
-        )
+        value = None if differentiable is None else arguments.value.detach()
+        self._keep(arguments.record(value=value, output=differentiable))
         self._follow(differentiable)
         return output
 
@@ -284,20 +292,6 @@ def own_attention(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout)]
 
 
-@dataclass(frozen=True)
-class _SdpaArguments:
-    """The arguments of ``scaled_dot_product_attention``, in its order."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
-
-
 class _CallMode(TorchFunctionMode):
     """Shows a capture the calls that attention is made of, and leaves all else to torch."""
 
@@ -313,9 +307,11 @@ class _CallMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._capture._mode is not self:
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             call = partial(func, *args, **kwargs)
-            return self._capture._record_call(call, _SdpaArguments(*args, **kwargs))
+            return self._capture._record_call(call, SdpaArguments(*args, **kwargs))
         product = func(*args, **kwargs)
         if func is F.linear:
             self._capture._record_layer(*args, **kwargs, product=product)
@@ -328,16 +324,3 @@ def _own_values(query: Tensor, value: Tensor) -> Tensor:
     """Return what attention gives when each query sees its own value alone."""
     repeats = query.shape[1] // value.shape[1]
     return value.repeat_interleave(repeats, dim=1)[:, :, : query.shape[2]]
-
-
-def _additive(arguments: _SdpaArguments, queries: int, keys: int) -> Tensor | None:
-    """Turn a mask of any form into a bias on the scores."""
-    mask = arguments.attn_mask
-    if arguments.is_causal:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=arguments.query.device).tril()
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        return bias.masked_fill(~mask, float("-inf"))
-    return mask.detach()

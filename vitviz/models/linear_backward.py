@@ -14,6 +14,7 @@ Propagation" (arXiv 2202.07304); Achtibat et al. 2024, "AttnLRP" (arXiv 2402.056
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vitviz.models.attention import SdpaArguments
 from vitviz.models.residuals import ADDITIONS, BalancedResiduals
 from vitviz.options import AttentionRule
 
@@ -108,7 +110,14 @@ class LinearizedBackward(TorchFunctionMode):
         # The output is bilinear in probabilities and values. Either all of it counts as the values'
         # doing, or half, and the rest comes from queries and keys in equal parts.
         if self._rule is AttentionRule.VALUE:
-            return func(query.detach(), key.detach(), value, *args, **kwargs)
+            query, key = query.detach(), key.detach()
+            # On an accelerator, torch's way back to all three is fast.
+            if value.device.type != "cpu" or value.dim() != 4:
+                return func(query, key, value, *args, **kwargs)
+            call = partial(func, query, key, value.detach(), *args, **kwargs)
+            arguments = SdpaArguments(query, key, value.detach(), *args, **kwargs)
+            output: Tensor = _ThroughValues.apply(value, arguments, call)
+            return output
         shares = ((query, 0.25), (key, 0.25), (value, 0.5))
         return func(*(_Shared.apply(*share) for share in shares), *args, **kwargs)
 
@@ -242,6 +251,21 @@ class _Gated(torch.autograd.Function):
         gate = F.hardshrink(x, _NEAR_ZERO)
         torch.div(output, gate, out=gate).nan_to_num_(0.5, 0.5, 0.5)
         return gate.mul_(gradient), None
+
+
+class _ThroughValues(torch.autograd.Function):
+    """Attention whose probabilities are constants: half the work of a way back to all three."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, arguments: SdpaArguments, call: Callable[[], Tensor]
+    ) -> Tensor:
+        ctx.arguments = arguments
+        return call()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.arguments.record().value_gradients(gradient), None, None
 
 
 class _Shared(torch.autograd.Function):
