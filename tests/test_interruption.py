@@ -229,6 +229,7 @@ def test_signal_that_the_parent_ignores_stays_ignored(
     assert child.wait().code == 143
 
 
+@pytest.mark.slow
 def test_result_that_is_told_while_the_interruption_comes_costs_no_other(
     nursery: Nursery, photos: Path, tmp_path: Path
 ) -> None:
@@ -365,6 +366,7 @@ def test_full_disk_stops_the_run(nursery: Nursery, photos: Path, small: Path) ->
     assert len(finals(small)) == COUNT
 
 
+@pytest.mark.slow
 @needs_mount
 def test_disk_that_is_full_with_results_stops_the_run(
     nursery: Nursery, photos: Path, small: Path, tmp_path: Path

@@ -148,6 +148,7 @@ def test_show_without_a_terminal_is_refused(
     assert "--show draws on a terminal" in done.err
 
 
+@pytest.mark.slow
 def test_show_without_pictures_is_refused(nursery: Nursery, here: Path) -> None:
     words = ["rollout", "star-ring.png", "-m", "demo", "--show", "--save", "npy"]
     done = nursery.on_a_terminal(*words, cwd=here)

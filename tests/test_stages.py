@@ -303,6 +303,7 @@ def test_gray_codes_are_read_back() -> None:
     assert stage_proofs._decoded(bits).tolist() == numbers.tolist()
 
 
+@pytest.mark.slow
 def test_evidence_of_a_hierarchical_model_from_the_command_line(
     tmp_path: Path, shell: Shell
 ) -> None:

@@ -11,6 +11,8 @@ import pytest
 from fixtures_io import ROOT, save_pictures
 from fixtures_processes import Nursery
 
+pytestmark = pytest.mark.slow
+
 SCENES = ROOT / "sample_images" / "scenes"
 BEGIN = ["Using cpu", "Using demo, weights bundled, mean 0.5 0.5 0.5, std 0.5 0.5 0.5"]
 STAR = "star-ring.png  star 100%"

@@ -143,6 +143,7 @@ def test_logit_depends_on_the_tokens_that_are_read_and_no_others(
     assert_readout_is_measured(specimen)
 
 
+@pytest.mark.slow
 def test_relevance_equals_reference(pair: tuple[Member, Specimen]) -> None:
     specimen = pair[1]
     assert specimen.has_logit
