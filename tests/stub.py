@@ -23,6 +23,7 @@ from vitviz.api import explain_samples as explain_samples
 from vitviz.api import grid as grid
 from vitviz.api import load_model as load_model
 from vitviz.api import load_samples as load_samples
+from vitviz.comparing_api import compare as compare
 from vitviz.errors import VitvizError as VitvizError
 from vitviz.evaluation.summary import Evaluation as Evaluation
 from vitviz.explaining.explanation import Explanation as Explanation

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
 import vitviz
-from fixtures_io import ROOT, Shell, picture, places
+from fixtures_io import ROOT, Shell, picture, places, tiny_model
+from vitviz.api import explain
 from vitviz.errors import OptionError
+from vitviz.explaining.passes import shared_passes
 from vitviz.methods.comparison import Comparison
+from vitviz.methods.table import PUBLISHED, named_method, variants
 from vitviz.options import PictureOptions
 from vitviz.runs.provenance import read_provenance
 
@@ -66,10 +71,93 @@ def test_methods_can_be_repeated_or_parted_by_commas() -> None:
     assert made.refine == 2
 
 
+@pytest.mark.parametrize(
+    ("names", "passes"),
+    [
+        ("rollout,relevance,evidence", [["relevance", "rollout"], ["evidence"]]),
+        ("relevance,evidence-plain,rollout", [["relevance", "evidence-plain", "rollout"]]),
+        (
+            "rollout,grad-rollout,relevance-classic",
+            [["grad-rollout", "relevance-classic", "rollout"]],
+        ),
+        ("evidence,rollout@2,relevance@2", [["evidence"], ["relevance@2", "rollout@2"]]),
+        ("gradcam,grad-rollout", [["gradcam"], ["grad-rollout"]]),
+    ],
+)
+def test_methods_share_a_forward_pass_where_their_way_back_is_the_same(
+    names: str, passes: list[list[str]]
+) -> None:
+    model, made = tiny_model(), [named_method(name) for name in names.split(",")]
+    called = {id(each.method): each.name for each in made}
+    found = shared_passes(model, [each.method for each in made])
+    assert [[called[id(each)] for each in one] for one in found] == passes
+    images: list[int] = []
+    hook = model.module.register_forward_hook(lambda _, given, __: images.append(len(given[0])))
+    with hook:
+        vitviz.compare(model, picture(60, 60), methods=names)
+    assert sum(images) == sum(4 if "@2" in one[0] else 1 for one in passes)
+
+
+@pytest.mark.filterwarnings("ignore:no heat at all")
+@pytest.mark.parametrize("versus", [None, "top2"])
+def test_maps_are_those_of_each_method_alone(versus: str | None) -> None:
+    model, classes = tiny_model(), ["top1", "1"]
+    names = [*variants(), *PUBLISHED, "relevance@2", "rollout@2"]
+    images = [np.asarray(picture(50, 40, seed=seed)) for seed in range(3)]
+    sheets = vitviz.compare(model, images, methods=names, classes=classes, versus=versus)
+    for name in names:
+        method = named_method(name).method
+        if method.explains_class:
+            method = replace(method, classes=tuple(classes), versus=versus)  # type: ignore[call-arg]
+        together = [each for sheet in sheets for each in dict(sheet.columns)[name]]
+        for one, other in zip(explain(model, images, method), together, strict=True):
+            np.testing.assert_allclose(other.relevance, one.relevance, rtol=1e-4, atol=1e-6)
+            assert (other.subject, other.request) == (one.subject, one.request)
+            assert other.predictions == one.predictions
+            numbers, expected = (
+                {name: number for name, number in known.items() if number is not None}
+                for known in (other.diagnostics.to_record(), one.diagnostics.to_record())
+            )
+            assert numbers == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_sheet_of_two_classes_compared_says_so(shell: Shell) -> None:
+    words = ["--class", "star", "--versus", "ring", "--methods", "relevance", "--json"]
+    done = shell("compare", "-m", "demo", "scene.png", *words)
+    (record,) = done.records
+    assert record["run"]["options"]["versus"] == "ring"
+    (sheet,) = vitviz.compare(
+        vitviz.load_model("demo"), "scene.png", methods="relevance", classes="star", versus="ring"
+    )
+    assert sheet.columns[0][1][0].subject.startswith("star (100%) versus ring")
+    drawn = np.asarray(Image.open(record["outputs"][0]["path"]))
+    np.testing.assert_array_equal(np.asarray(sheet.panel()), drawn)
+
+
+def test_hierarchical_model_is_compared_with_methods_that_suit_it(shell: Shell) -> None:
+    module = timm.create_model(
+        "swin_tiny_patch4_window7_224", num_classes=3, embed_dim=24, depths=(1, 1, 1, 1)
+    )
+    model = vitviz.load_model(module, device="cpu")
+    (sheet,) = vitviz.compare(model, "scene.png", methods=["evidence", "evidence-plain"])
+    assert [name for name, _ in sheet.columns] == ["evidence", "evidence-plain"]
+    with pytest.raises(vitviz.VitvizError, match="or use evidence"):
+        vitviz.compare(model, "scene.png")
+    done = shell("compare", "-m", "swin_tiny", "scene.png", "--no-pretrained")
+    assert done.code == 2
+
+
 @pytest.mark.parametrize("words", [("nosuch",), ("relevance,",), ("attention",), ()])
 def test_unknown_method_is_refused(words: tuple[str, ...]) -> None:
     with pytest.raises(OptionError, match="--methods"):
         Comparison.of(words, ("top1",))
+
+
+def test_method_of_a_similar_name_is_offered() -> None:
+    with pytest.raises(
+        OptionError, match=r"--methods rolout is unknown \(did you mean rollout\?\)"
+    ):
+        Comparison.of(("rolout",), ("top1",))
 
 
 def test_record_tells_of_methods_classes_and_predictions(shell: Shell) -> None:

@@ -24,6 +24,7 @@ FLOORS = (
         "python_words",
         "python_values",
         "api",
+        "comparing_api",
         "features_api",
         "cli",
         "__main__",

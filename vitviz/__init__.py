@@ -29,6 +29,7 @@ _HOMES = {
     "ResidualRule": "vitviz.options",
     "VitvizError": "vitviz.errors",
     "attention": "vitviz.api",
+    "compare": "vitviz.comparing_api",
     "evaluate": "vitviz.api",
     "explain_samples": "vitviz.api",
     "load_samples": "vitviz.api",

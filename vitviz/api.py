@@ -59,6 +59,7 @@ __all__ = [
     "rollout",
 ]
 
+_Found = Explained | Failed
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _SHARED = """\
@@ -150,6 +151,7 @@ def explain(
     batch_size: int | None = None,
     errors: str = "raise",
     target: Target | None = None,
+    finish: Callable[[Iterator[_Found]], Iterator[_Found]] = iter,
 ) -> list[Explanation]:
     """Explain images and return their maps, image by image, class by class.
 
@@ -164,6 +166,7 @@ def explain(
         batch_size: Images run at once; None: chosen by the number of tokens.
         errors: ``raise``, or ``skip`` to leave out images that fail, with a warning.
         target: As for ``explain_samples``.
+        finish: What is done to what became of each image.
 
     Raises:
         ImageError: An image cannot be read or explained.
@@ -186,10 +189,10 @@ def explain(
         batch_size=batch_size,
         warn=warn,
     )
-    return _maps_of(explained, skip=errors == "skip")
+    return _maps_of(finish(explained), skip=errors == "skip")
 
 
-def _maps_of(items: Iterable[Explained | Failed], *, skip: bool) -> list[Explanation]:
+def _maps_of(items: Iterable[_Found], *, skip: bool) -> list[Explanation]:
     """Gather the maps; at an image that failed, raise, or skip it and warn in the end."""
     explanations = Explanations()
     failed: list[Failed] = []

@@ -10,7 +10,7 @@ from vitviz.cli.completion import complete_methods
 from vitviz.cli.explaining import Plan, explain_images
 from vitviz.cli.options import RunOptions
 from vitviz.cli.parameters import EXPLAIN, PICTURES, declare
-from vitviz.methods.comparison import Comparison
+from vitviz.methods.comparison import DEFAULT_COLUMNS, Comparison
 from vitviz.methods.table import variants
 from vitviz.options import Saved
 
@@ -36,7 +36,7 @@ class CompareRun(RunOptions):
             help=f"{', '.join(variants())}, with @2 after one for maps twice as fine; repeatable, "
             "or several with commas between them.",
         ),
-    ] = ("rollout", "relevance", "evidence")  # type: ignore[assignment]  # must not be mutable
+    ] = DEFAULT_COLUMNS  # type: ignore[assignment]  # a default must not be mutable
     targets: Annotated[
         list[str],
         declare(
@@ -46,6 +46,15 @@ class CompareRun(RunOptions):
             help="Class to explain: an index, a label, top1 or topK. Repeatable, one row for each.",
         ),
     ] = ("top1",)  # type: ignore[assignment]  # a default must not be mutable
+    versus: Annotated[
+        str | None,
+        declare(
+            EXPLAIN,
+            metavar="C",
+            help="Explain how much more than this class it scores: an index, a label, or topK, the "
+            "K-th best alone.",
+        ),
+    ] = None
     save: list[Saved] = (Saved.PANEL,)  # type: ignore[assignment]  # the sheet alone
     max_size: Annotated[
         int,
@@ -55,13 +64,13 @@ class CompareRun(RunOptions):
 
 def compare_images(run: CompareRun) -> None:
     """Do what ``compare`` asks for."""
-    comparison = Comparison.of(tuple(run.methods), tuple(run.targets))
+    comparison = Comparison.of(run.methods, tuple(run.targets), run.versus)
 
     def plan(model: Model, sources: Sequence[Source], job: Job) -> Plan:
         from vitviz.explaining.comparing import compared
 
         def finish(model: Model, items: Iterator[Item]) -> Iterator[Item]:
-            return compared(model, items, comparison, job.pictures, job.batch_size)
+            return compared(items, comparison)
 
         return Plan(job, finish)
 

@@ -95,7 +95,8 @@ def refuse_cheap_mistakes(
 
     if run.model is not None:
         known = require_known(run.model)
-        if method and method.needs_attention and known.get("stages"):
+        needing = method and any(each.needs_attention for each in method.members)
+        if needing and known.get("stages"):
             raise UnsupportedModelError(evidence_instead(known["reason"]))
     if run.as_json:  # a record tells of the model, too
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -11,33 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitviz.errors import (
-    CaptureError,
-    LabelError,
-    OptionError,
-    UnsupportedModelError,
-)
+from vitviz.errors import LabelError, OptionError, UnsupportedModelError
 from vitviz.explaining.parallel import map_parts
+from vitviz.explaining.passes import Backward, Capture, backward_of, captured, run
 from vitviz.explaining.targets import own_request, scores_of, targets_of, without_equals
 from vitviz.methods.diagnostics import outlier_tokens, prefix_attention
 from vitviz.methods.forward import ForwardPass, Target
 from vitviz.methods.method import ClassMethod, Method, TokenMap
-from vitviz.methods.refinement import place_back, shifted, shifts
-from vitviz.models.attention import Attention
-from vitviz.models.capture import AttentionCapture
+from vitviz.methods.refinement import Shift, place_back, shifted, shifts
 from vitviz.models.labels import ClassRequest, parse_requests
-from vitviz.models.layouts import all_blocks
-from vitviz.models.linear_backward import LinearizedBackward
 from vitviz.models.model import Model
 from vitviz.models.prepared import prepared
-from vitviz.models.residuals import BalancedResiduals
-from vitviz.models.stages import StageCapture, StageLayout
-from vitviz.models.structure import blocks_of, patch_grid, token_head, token_norm
+from vitviz.models.stages import StageLayout
 from vitviz.models.wrapping import own_numbers
 
 __all__ = ["BatchMaps", "class_requests", "explain_batch", "predict_batch"]
-
-_Backward = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +47,7 @@ class BatchMaps:
             is not shifted.
         gradient_norm_product: (batch, maps), what the gradients could move at most; None for a
             class-agnostic method.
+        beside: What the same forward pass gave the methods beside the first.
     """
 
     relevance: Tensor
@@ -69,6 +58,7 @@ class BatchMaps:
     prefix_attention: Tensor
     outlier_tokens: Tensor
     gradient_norm_product: Tensor | None
+    beside: tuple[BatchMaps, ...] = ()
 
     @property
     def class_indices(self) -> Tensor | None:
@@ -128,6 +118,7 @@ def explain_batch(
     requests: tuple[ClassRequest, ...] | None = None,
     class_indices: Tensor | None = None,
     at_once: int = 1,
+    beside: Sequence[Method] = (),
 ) -> BatchMaps:
     """Run a batch and compute its relevance maps.
 
@@ -139,6 +130,8 @@ def explain_batch(
         class_indices: (batch, maps), the classes to explain in place of those asked for;
             (batch, maps, 2) with those that they are compared with.
         at_once: How many images may be run together, where refinement makes more of them.
+        beside: Methods that share its forward pass, as ``shared_passes`` finds them; those that
+            explain a class explain the same ones.
 
     Raises:
         CaptureError: The attention seen is not what the model's layout promises.
@@ -149,67 +142,56 @@ def explain_batch(
     """
     if requests is None:
         requests = class_requests(model, method)
+    methods = (method, *beside)
     made = shifts(method.refine, model.preprocessing.patch)
-    copies = max(1, at_once // len(images))
     images = images.to(model.device)
     with (
         _named_memory_errors(),
-        _captured(model, method) as capture,
-        _backward(model, method) as backward,
+        captured(model, methods) as capture,
+        backward_of(model, method) as backward,
     ):
-        work = partial(_explain_part, model, capture, backward, method, requests)
-        whole = _in_parts(work, images, class_indices, model.layout.tokens)
-        maps = [whole.relevance]
-        for first in range(1, len(made), copies):
-            some = made[first : first + copies]
-            moved = torch.cat([shifted(images, shift) for shift in some])
-            targets = whole.targets  # ranks are those of the image where it is
-            repeated = None if targets is None else targets.repeat(len(some), 1, 1)
-            found = _in_parts(work, moved, repeated, model.layout.tokens)
-            maps += torch.split(found.relevance, len(images))
-    return replace(whole, relevance=place_back(maps, made, method.refine))
+        work = partial(_explain_part, model, capture, backward, methods, requests)
+        explain = partial(_in_parts, work, tokens=model.layout.tokens)
+        whole = explain(images, class_indices)
+        # Ranks are those of the image where it is.
+        moved = list(_at_shifts(explain, images, whole[0].targets, made[1:], at_once))
+    found: list[BatchMaps] = [
+        replace(each, relevance=place_back([each.relevance, *maps], made, method.refine))
+        for each, *maps in zip(whole, *moved, strict=True)
+    ]
+    return replace(found[0], beside=tuple(found[1:]))
 
 
-@contextmanager
-def _captured(model: Model, method: Method) -> Iterator[AttentionCapture | StageCapture]:
-    """Capture what a method needs."""
-    blocks = blocks_of(model.module)
-    if isinstance(model.layout, StageLayout):
-        with StageCapture(model.module, model.layout) as stages:
-            yield stages
-        return
-    with AttentionCapture(
-        model.module,
-        first_gradient=method.first_block if method.needs_attention_gradients else None,
-        projections=method.weighs_values,
-        blocks=blocks if method.needs_block_inputs else blocks[-1:],
-        parts=method.watched(model),
-    ) as capture:
-        yield capture
-
-
-@contextmanager
-def _backward(model: Model, method: Method) -> Iterator[_Backward]:
-    """Make what changes the gradients of a method in each thread that enters it."""
-    with ExitStack() as stack:
-        residuals = None
-        if method.balances_residuals:
-            blocks = all_blocks(model.module, model.layout)
-            residuals = stack.enter_context(BalancedResiduals(blocks))
-        rule = method.backward_rule
-        yield nullcontext if rule is None else partial(LinearizedBackward, rule, residuals)
+def _at_shifts(
+    explain: Callable[[Tensor, Tensor | None], list[BatchMaps]],
+    images: Tensor,
+    targets: Tensor | None,
+    made: Sequence[Shift],
+    at_once: int,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield, of each shift, the maps (batch, maps, ...) of each method."""
+    copies = max(1, at_once // len(images))
+    for first in range(0, len(made), copies):
+        some = made[first : first + copies]
+        moved = torch.cat([shifted(images, shift) for shift in some])
+        found = explain(moved, None if targets is None else targets.repeat(len(some), 1, 1))
+        yield from zip(*(torch.split(each.relevance, len(images)) for each in found), strict=True)
 
 
 def _in_parts(
-    work: Callable[[Tensor, Tensor], BatchMaps],
+    work: Callable[[Tensor, Tensor], list[BatchMaps]],
     images: Tensor,
     class_indices: Tensor | None,
     tokens: int,
-) -> BatchMaps:
-    """Explain a batch in parts, and put them together."""
+) -> list[BatchMaps]:
+    """Explain a batch in parts, and put those of each method together."""
     given = torch.empty(len(images), 0, 1) if class_indices is None else class_indices
     given = given.unsqueeze(2) if given.ndim == 2 else given
     parts = map_parts(work, images, given, tokens=tokens)
+    return [_joined(of_method) for of_method in zip(*parts, strict=True)]
+
+
+def _joined(parts: Sequence[BatchMaps]) -> BatchMaps:
     joined: dict[str, Any] = {
         field.name: torch.cat([getattr(part, field.name) for part in parts]).cpu()
         for field in fields(BatchMaps)
@@ -257,78 +239,104 @@ def predict_batch(
 
 def _explain_part(
     model: Model,
-    capture: AttentionCapture | StageCapture,
-    backward: _Backward,
-    method: Method,
+    capture: Capture,
+    backward: Backward,
+    methods: Sequence[Method],
     requests: tuple[ClassRequest, ...],
     images: Tensor,
     given: Tensor,
-) -> BatchMaps:
-    """Explain some images of a batch in the thread that calls.
+) -> list[BatchMaps]:
+    """Explain some images of a batch in the thread that calls, with one forward pass.
 
     Args:
         model: The model.
         capture: What records it.
         backward: Makes what changes its gradients.
-        method: The method, with its options.
+        methods: The methods, with their options; the first explains a class if any does.
         requests: The classes that are asked for.
         images: (images, 3, height, width).
         given: (images, maps, 1 or 2), the classes; no maps where the requests have the word.
     """
-    explains_class = method.explains_class
-    targets = scores = None
-    with own_numbers(), torch.set_grad_enabled(explains_class):
-        output, forward = _run(model, capture, backward, method, images)
+    with own_numbers(), torch.set_grad_enabled(methods[0].explains_class):
+        output, passes = run(model, capture, backward, methods, images)
         logits = output.detach().float().cpu() if model.num_classes else torch.empty(len(images), 0)
-        if explains_class:
+        targets = scores = None
+        if methods[0].explains_class:
             _expect_logits(model, output)
             targets = targets_of(logits, requests, given)
-            scores, found = _of_scores(method, forward, output, targets, requests)
-        else:
+            scores = scores_of(output, targets, requests)
+        asked = _Asked(logits, targets, scores, requests)
+        last = max((i for i, each in enumerate(methods) if each.explains_class), default=0)
+        return [
+            _maps_of(method, forward, asked, is_last=number == last)
+            for number, (method, forward) in enumerate(zip(methods, passes, strict=True))
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What the methods of a forward pass are asked about.
+
+    Attributes:
+        logits: (images, classes), on the CPU.
+        targets: As in ``BatchMaps``; None where no method explains a class.
+        scores: (images, maps), part of the graph; likewise.
+        requests: The classes that are asked for.
+    """
+
+    logits: Tensor
+    targets: Tensor | None
+    scores: Tensor | None
+    requests: tuple[ClassRequest, ...]
+
+
+def _maps_of(method: Method, forward: ForwardPass, asked: _Asked, *, is_last: bool) -> BatchMaps:
+    """Compute the maps of one method; the last one frees the graph."""
+    if asked.scores is None or asked.targets is None or not method.explains_class:
+        with torch.no_grad():
             found = [method.compute(forward, None)]
-        prefix, outliers = _diagnosed(method, forward, len(images))
+        return _batch_maps(method, forward, found, _Asked(asked.logits, None, None, ()))
+    requests, targets = asked.requests, asked.targets
+
+    def score_of(logits: Tensor, *, number: int) -> Tensor:
+        return scores_of(logits, targets, requests)[:, number].sum()
+
+    summed = asked.scores.sum(dim=0).unbind()
+    found = [
+        method.compute(
+            forward,
+            Target(
+                score=score,
+                score_of=partial(score_of, number=number),
+                is_last=is_last and number == len(summed) - 1,
+            ),
+        )
+        for number, score in enumerate(summed)
+    ]
+    return _batch_maps(method, forward, found, asked)
+
+
+def _batch_maps(
+    method: Method, forward: ForwardPass, found: Sequence[TokenMap], asked: _Asked
+) -> BatchMaps:
+    """Put the maps that a method found of some images with what is known of them."""
     products = [each.gradient_norm_product for each in found]
     relevance = torch.stack([_on_grid(forward, each.relevance) for each in found], dim=1)
+    prefix, outliers = _diagnosed(method, forward, len(asked.logits))
     return BatchMaps(
-        relevance=relevance if targets is None else without_equals(relevance, targets),
-        logits=logits,
-        targets=targets,
-        scores=None if scores is None else scores.detach().float(),
-        requests=requests,
+        relevance=relevance if asked.targets is None else without_equals(relevance, asked.targets),
+        logits=asked.logits,
+        targets=asked.targets,
+        scores=None if asked.scores is None else asked.scores.detach().float(),
+        requests=asked.requests,
         prefix_attention=prefix,
         outlier_tokens=outliers.view(-1, *forward.grid),
         gradient_norm_product=(
             torch.stack([each for each in products if each is not None], dim=1)
-            if explains_class and None not in products
+            if method.explains_class and None not in products
             else None
         ),
     )
-
-
-def _run(
-    model: Model,
-    capture: AttentionCapture | StageCapture,
-    backward: _Backward,
-    method: Method,
-    images: Tensor,
-) -> tuple[Tensor, ForwardPass]:
-    """Run the model; return its output and what a method needs of the way there."""
-    with backward(), capture.recording():  # which sees what the backward pass is changed to
-        output = model.output(images)
-        records = capture.take(model.layout.calls)[method.first_block :]
-        forward = ForwardPass(
-            layout=model.layout,
-            records=records,
-            tokens=capture.take_tokens(),
-            grid=_expect_grid(model, records, images),
-            # As wide as the model's numbers, and at least float32.
-            dtype=torch.promote_types(model.dtype, torch.float32),
-            device=model.device,
-            norm=token_norm(model.module),
-            head=token_head(model.module),
-            outputs=capture.take_outputs(),
-        )
-    return output, forward
 
 
 def _diagnosed(method: Method, forward: ForwardPass, images: int) -> tuple[Tensor, Tensor]:
@@ -344,54 +352,12 @@ def _diagnosed(method: Method, forward: ForwardPass, images: int) -> tuple[Tenso
     return prefix, outlier_tokens(method.tokens(forward), layout.prefix_tokens)
 
 
-def _of_scores(
-    method: Method,
-    forward: ForwardPass,
-    output: Tensor,
-    targets: Tensor,
-    requests: tuple[ClassRequest, ...],
-) -> tuple[Tensor, list[TokenMap]]:
-    """Return the scores (images, maps) of an output, and explain each of them."""
-
-    def score_of(logits: Tensor, *, number: int) -> Tensor:
-        return scores_of(logits, targets, requests)[:, number].sum()
-
-    scores = scores_of(output, targets, requests)
-    summed = scores.sum(dim=0).unbind()
-    found = [
-        method.compute(
-            forward,
-            Target(
-                score=score,
-                score_of=partial(score_of, number=number),
-                is_last=number == len(summed) - 1,
-            ),
-        )
-        for number, score in enumerate(summed)
-    ]
-    return scores, found
-
-
 def _expect_logits(model: Model, output: Tensor) -> None:
     if not output.requires_grad:
         raise UnsupportedModelError(
             f"{model.name} gives probabilities, it seems, by a sigmoid or a softmax behind its "
             "head, where logits are needed; leave that out, or use grad-rollout or --classic"
         )
-
-
-def _expect_grid(model: Model, records: Sequence[Attention], images: Tensor) -> tuple[int, int]:
-    """Make sure that all blocks attend from all tokens to all; return the patches' (rows, cols)."""
-    if isinstance(model.layout, StageLayout):
-        return model.layout.grid
-    tokens = records[0].shape[-1]
-    blocks = records[: len(records) - model.layout.tail]
-    if any(record.shape[2:] != (tokens, tokens) for record in blocks):
-        raise CaptureError(
-            "the number of tokens changes between blocks, so attention maps cannot be multiplied"
-        )
-    height, width = images.shape[-2:]
-    return patch_grid(model.module, (height, width), tokens - model.layout.prefix_tokens)
 
 
 def _on_grid(forward: ForwardPass, relevance: Tensor) -> Tensor:

@@ -1,20 +1,18 @@
-"""Maps of one image by several methods on one sheet; runs the methods one after the other."""
+"""Maps of one image by several methods on one sheet; runs no model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import tee
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitviz.explaining.explanation import Caveat, Explanation
-from vitviz.explaining.samples import Explained, Failed, explain_samples
+from vitviz.explaining.samples import Explained, Failed
 from vitviz.methods.comparison import Comparison
-from vitviz.models.model import Model
-from vitviz.options import OutputKind, PictureOptions
+from vitviz.options import OutputKind
 from vitviz.pictures.tables import Cell, picture_table
 
 __all__ = ["Sheet", "compared"]
@@ -51,62 +49,30 @@ class Sheet(Explanation):
 
 
 def compared(
-    model: Model,
-    items: Iterable[Explained | Failed | _Passed],
-    comparison: Comparison,
-    pictures: PictureOptions,
-    batch_size: int | None = None,
+    items: Iterable[Explained | Failed | _Passed], comparison: Comparison
 ) -> Iterator[Explained | Failed | _Passed]:
-    """Make the maps of all methods of images that the comparison has explained.
-
-    The image is decoded once; each method runs the model for itself, since each needs other things
-    of its way.
+    """Put the maps of each image on a sheet.
 
     Args:
-        model: The model; it is left as it was.
-        items: What the comparison itself gave; others are passed on.
+        items: What a comparison gave; what is not explained is passed on.
         comparison: The methods.
-        pictures: How they are drawn.
-        batch_size: Images run at once; None: chosen by the number of tokens.
 
     Yields:
         Each image with one map, a ``Sheet``; or what failed, or was passed.
-
-    Raises:
-        VitvizError: A method does not fit the model.
     """
-    others = [each for each in comparison.columns if each.method is not comparison.own]
-    own, *branches = tee(items, len(others) + 1)
-    streams = [
-        explain_samples(
-            *(model, map(_sample, branch), each.method),
-            pictures=pictures,
-            batch_size=batch_size,
-            warn=lambda text: None,  # the comparison itself has told
-        )
-        for each, branch in zip(others, branches, strict=True)
+    for item in items:
+        if isinstance(item, Explained):
+            item = replace(item, maps=(_sheet(comparison, item),))
+        yield item
+
+
+def _sheet(comparison: Comparison, item: Explained) -> Sheet:
+    columns = [
+        (each.name, tuple(one for one in item.maps if one.method == each.method))
+        for each in comparison.columns
     ]
-    for item, *found in zip(own, *streams, strict=True):
-        failed = [each for each in found if isinstance(each, Failed)]
-        if not isinstance(item, Explained) or failed:
-            yield failed[0] if failed else item
-            continue
-        maps = {
-            other.name: each.maps
-            for other, each in zip(others, found, strict=True)
-            if isinstance(each, Explained)
-        }
-        yield replace(item, maps=(_sheet(comparison, item, maps),))
-
-
-def _sample(item: object) -> object:
-    return item.sample if isinstance(item, Explained) else item
-
-
-def _sheet(
-    comparison: Comparison, item: Explained, maps: dict[str, tuple[Explanation, ...]]
-) -> Sheet:
-    base = item.maps[0]
+    # Numbers of one map an image are told: of one that no class changes, if there is one.
+    base, *_ = min((maps for _, maps in columns), key=_explains_class)
     return Sheet(
         method=comparison,
         relevance=base.relevance,
@@ -115,10 +81,7 @@ def _sheet(
         predictions=base.predictions,
         pictures=base.pictures,
         diagnostics=base.diagnostics,
-        columns=tuple(
-            (each.name, maps.get(each.name, (replace(base, method=each.method),)))
-            for each in comparison.columns
-        ),
+        columns=tuple(columns),
     )
 
 

@@ -18,6 +18,7 @@ from vitviz.errors import ImageError, ModelError, OptionError, VitvizError, reas
 from vitviz.explaining.batch import BatchMaps, class_requests, explain_batch
 from vitviz.explaining.explanation import Diagnostics, Explanation, Prediction
 from vitviz.explaining.parallel import batch_size_for
+from vitviz.explaining.passes import shared_passes
 from vitviz.images.fitting import InputTransform
 from vitviz.images.samples import ImageSample
 from vitviz.images.sources import Source
@@ -49,7 +50,8 @@ class Explained:
 
     Attributes:
         sample: The image.
-        maps: One for each class asked for; one for a method that explains no class.
+        maps: One for each class asked for; one for a method that explains no class. Of several
+            methods side by side, those of each together, in the order of their forward passes.
     """
 
     sample: ImageSample
@@ -190,7 +192,7 @@ def _shape(item: object) -> tuple[int, ...] | None:
 
 
 class Explainer:
-    """Explains batches of samples with one method, whose classes are resolved once."""
+    """Explains batches of samples with a method, whose classes are resolved once."""
 
     def __init__(
         self,
@@ -212,8 +214,9 @@ class Explainer:
             VitvizError: The method does not fit the model.
         """
         self._model = model
-        self._method = method
-        self._requests = class_requests(model, method, target)
+        requests = [class_requests(model, each, target) for each in method.members]
+        self._requests = next(filter(None, requests), ())  # all that explain a class ask the same
+        self._passes = shared_passes(model, method.members)
         self._pictures = pictures or PictureOptions()
 
     def explain(
@@ -236,28 +239,37 @@ class Explainer:
             MemoryError: The device has too little memory for this batch.
         """
         try:
-            maps = explain_batch(
-                self._model,
-                to_tensor(self._model, samples),
-                self._method,
-                requests=self._requests,
-                class_indices=_given(self._method, class_indices, versus_indices),
-                at_once=at_once,
-            )
+            images = to_tensor(self._model, samples)
+            found: list[tuple[Method, BatchMaps]] = []
+            for leader, *others in self._passes:
+                maps = explain_batch(
+                    *(self._model, images, leader),
+                    requests=self._requests,
+                    class_indices=_given(leader, class_indices, versus_indices),
+                    at_once=at_once,
+                    beside=others,
+                )
+                found += zip((leader, *others), (maps, *maps.beside), strict=True)
         except OptionError as error:  # other shapes may have the patch that is asked for
             return [Failed.because(sample.source, error) for sample in samples]
         given = [None] * len(samples) if class_indices is None else class_indices
         return [
-            self._picked(sample, class_index, maps, row)
+            self._picked(sample, class_index, found, row)
             for row, (sample, class_index) in enumerate(zip(samples, given, strict=True))
         ]
 
     def _picked(
-        self, sample: ImageSample, given: int | None, batch: BatchMaps, row: int
+        self,
+        sample: ImageSample,
+        given: int | None,
+        found: Sequence[tuple[Method, BatchMaps]],
+        row: int,
     ) -> Explained | Failed:
-        """Pick one image's maps out of a batch."""
-        logits = batch.logits[row : row + 1].flatten()
-        if not (batch.relevance[row].isfinite().all() and logits.isfinite().all()):
+        """Pick one image's maps out of what each method made of a batch."""
+        logits = found[0][1].logits[row : row + 1].flatten()
+        if not all(each.relevance[row].isfinite().all() for _, each in found) or not (
+            logits.isfinite().all()
+        ):
             return Failed.because(sample.source, _not_finite(self._model, logits))
         scores = logits.sigmoid() if self._model.multi_label else logits.softmax(dim=0)
         predictions = tuple(
@@ -270,7 +282,7 @@ class Explainer:
         )
         maps = (
             Explanation(
-                method=self._method,
+                method=method,
                 relevance=values.numpy(),
                 sample=sample,
                 model=self._model.name,
@@ -280,6 +292,7 @@ class Explainer:
                 outliers=batch.outlier_tokens[row].numpy(),
                 **_of_class(self._model, given, batch, row, position, scores),
             )
+            for method, batch in found
             for position, values in enumerate(batch.relevance[row])
         )
         return Explained(sample=sample, maps=tuple(maps))

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vitviz.errors import OptionError
 from vitviz.methods.method import ClassMethod, Method, TokenMap
-from vitviz.methods.rollout import Rollout
 from vitviz.methods.table import NamedMethod, named_method
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.methods.forward import ForwardPass, Target
     from vitviz.models.model import Model
 
-__all__ = ["Comparison"]
+__all__ = ["DEFAULT_COLUMNS", "Comparison"]
+
+DEFAULT_COLUMNS = ("rollout", "relevance", "evidence")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Method):
-    """Several methods side by side.
-
-    It makes the maps of one itself, which explains no class; the others follow for the images that
-    it could explain.
+    """Several methods side by side, of the same classes.
 
     Attributes:
         columns: The methods, each with the classes.
         classes: Class requests as typed.
+        versus: The class that each is compared with, as typed.
     """
 
     name: ClassVar[str] = "compare"
@@ -35,41 +35,51 @@ class Comparison(Method):
 
     columns: tuple[NamedMethod, ...]
     classes: tuple[str, ...] = ("top1",)
+    versus: str | None = None
 
     @classmethod
-    def of(cls, words: tuple[str, ...], classes: tuple[str, ...]) -> Comparison:
+    def of(
+        cls, words: Iterable[str], classes: tuple[str, ...], versus: str | None = None
+    ) -> Comparison:
         """Read the names of methods, which commas may part, and let each explain the classes.
 
         Raises:
             OptionError: There is no such method, or none at all.
         """
-        names = dict.fromkeys(name.strip() for word in words for name in word.split(","))
-        if not names:
-            raise OptionError("no method to compare; give --methods relevance, say")
-        columns = []
-        for name in names:
+        columns: list[NamedMethod] = []
+        for name in (name.strip() for word in words for name in word.split(",")):
             named = named_method(name)
             if isinstance(named.method, ClassMethod):
-                named = replace(named, method=replace(named.method, classes=classes))
-            columns.append(named)
-        made = cls(columns=tuple(columns), classes=classes)
-        return replace(made, refine=made.own.refine)
+                asked = replace(named.method, classes=classes, versus=versus)
+                named = replace(named, method=asked)
+            if named.method not in (each.method for each in columns):
+                columns.append(named)
+        if not columns:
+            raise OptionError("no method to compare; give --methods relevance, say")
+        finest = max(each.method.refine for each in columns)
+        return cls(columns=tuple(columns), classes=classes, versus=versus, refine=finest)
 
     @property
-    def own(self) -> Method:
-        """The method whose maps it makes itself."""
-        agnostic = (each.method for each in self.columns if not each.method.explains_class)
-        return next(agnostic, Rollout())
+    def members(self) -> tuple[Method, ...]:
+        """The methods, in the order of their columns."""
+        return tuple(each.method for each in self.columns)
 
     def to_record(self) -> dict[str, Any]:
         """Return the methods and the classes, for records and provenance."""
         methods = {each.name: each.method.to_record() for each in self.columns}
-        return {"methods": methods, "classes": list(self.classes)}
+        versus = {} if self.versus is None else {"versus": self.versus}
+        return {"methods": methods, "classes": list(self.classes), **versus}
+
+    def require_layout(self, model: Model) -> None:
+        """Make sure that all its methods are defined for a model; raises ``VitvizError``."""
+        for each in self.members:
+            each.require_layout(model)
 
     def require_model(self, model: Model) -> None:
-        """Make sure that its own method is defined for a model; raises ``OptionError``."""
-        self.own.require_model(model)
+        """Make sure of the same, with their options; raises ``OptionError``."""
+        for each in self.members:
+            each.require_model(model)
 
     def compute(self, forward: ForwardPass, target: Target | None) -> TokenMap:
-        """Compute the relevance (batch, tokens) of its own method."""
-        return self.own.compute(forward, target)
+        """Its ``members`` make the maps, each for itself."""
+        raise NotImplementedError

@@ -26,8 +26,8 @@ class ForwardPass:
         layout: The model's tokens, or the places of its stages.
         records: Attention of the blocks that take part and, behind it, of the calls that pool
             the tokens after them.
-        tokens: (batch, tokens, channels) before and after the last block; for a method that
-            needs block inputs, before and after each. Of a model of several stages, after each.
+        tokens: (batch, tokens, channels) before and after the last block; where a method needs
+            block inputs, before and after each. Of a model of several stages, after each.
         grid: (rows, cols) of maps.
         dtype: Of the numbers that maps are computed with.
         device: Where the model is.

@@ -148,6 +148,11 @@ class Method(ABC):
         return {cls.name: cls()}
 
     @property
+    def members(self) -> tuple[Method, ...]:
+        """The methods that make its maps: itself, or several that explain the same classes."""
+        return (self,)
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """What its maps are laid out along."""
         return ("rows", "cols")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
 
 from vitviz.errors import OptionError
@@ -44,8 +45,10 @@ def named_method(name: str) -> NamedMethod:
     known = variants() | {name: made() for name, made in PUBLISHED.items()}
     word, at, finer = name.partition("@")
     if word not in known or (at and not finer.isdecimal()):
+        near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near and word not in known else ""
         raise OptionError(
-            f"--methods {name} is unknown; choose among {', '.join(known)}, with @2 after one "
-            "for maps twice as fine (the baselines are always there)"
+            f"--methods {name} is unknown{hint}; choose among {', '.join(known)}, with @2 after "
+            "one for maps twice as fine (the baselines are always there)"
         )
     return NamedMethod(name=name, method=replace(known[word], refine=int(finer) if at else 1))

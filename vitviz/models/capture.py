@@ -62,8 +62,8 @@ class AttentionCapture:
             module: The model.
             first_gradient: From this call on, outputs can be differentiated through; None: never.
             projections: With a ``first_gradient``, also find what joins the heads of each call.
-            blocks: Blocks before, between and after which the tokens are kept too; without a
-                ``first_gradient``, they can be differentiated through.
+            blocks: Blocks before, between and after which the tokens are kept too; they can be
+                differentiated through.
             parts: Parts whose outputs are kept.
             on_record: Takes each record at once, instead of keeping it for ``take``.
             isolate: Let each token attend to itself alone, to see what else mixes tokens.
@@ -190,7 +190,7 @@ class AttentionCapture:
         if not self._is_recording:
             return inputs
         tokens = inputs[0]
-        if self._first_gradient is None and not tokens.requires_grad and torch.is_grad_enabled():
+        if not tokens.requires_grad and torch.is_grad_enabled():
             tokens = tokens.detach().requires_grad_(True)  # the graph begins at the first block
         self._of_thread.tokens.append(tokens)
         return (tokens, *inputs[1:])
