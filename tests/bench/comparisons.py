@@ -36,21 +36,26 @@ def overhead(
     goal: Goal | None = None,
     name: str = NAME,
     device: str = "cpu",
+    with_floor: bool = False,
 ) -> Report:
     """Compare a batch of maps with plain passes of the same batch.
 
     On a processor vitviz works on parts of a batch side by side, from which plain passes gain,
-    too: a second figure compares with those.
+    too: a second figure compares with those. With a floor, a third one says what a backward pass
+    costs that any method with gradients needs.
     """
     module = build(name, device=device).requires_grad_(False)
     images = images_for(BATCH, device=device)
     model = vitviz.load_model(module)
     run = partial(plain, module)
+    in_parts = partial(map_parts, tokens=model.layout.tokens)
+    floor = {"floor": lambda: in_parts(partial(backward, module), images)} if with_floor else {}
     times = alternate(
         setting.rounds(15),
         plain=lambda: run(images),
-        side_by_side=lambda: map_parts(run, images, tokens=model.layout.tokens),
+        side_by_side=lambda: in_parts(run, images),
         vitviz=lambda: explain_batch(model, images, options),
+        **floor,
     )
     of_model = "" if name == NAME else f" of {name.partition('_patch')[0]}"
     label = f"{_described(options)}{of_model}, batch {BATCH} ÷ {_named(plain)}{_on(device)}"
@@ -58,6 +63,13 @@ def overhead(
         figures=[
             Figure(label=label, values=times.ratios("vitviz", "plain"), goal=goal),
             Figure(label=f"{label}, side by side", values=times.ratios("vitviz", "side_by_side")),
+            *(
+                Figure(
+                    label=f"{_named(backward)} ÷ {_named(plain)}, side by side",
+                    values=times.ratios(side, "side_by_side"),
+                )
+                for side in floor
+            ),
         ],
         notes={"ms_per_image": times.milliseconds(BATCH), **_card(device)},
     )

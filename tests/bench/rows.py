@@ -11,6 +11,8 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 import vitviz
 from tests.bench import classic, growth, runs
 from tests.bench.classic import ClassicRollout
@@ -19,11 +21,14 @@ from tests.bench.figures import Figure, Goal, Report, Row, Setting, SkippedError
 from tests.bench.photographs import large_photographs, many_photographs, photographs
 from tests.bench.rounds import MEGABYTE, alternate, command, peak, peak_so_far, reset_peak
 from tests.bench.subject import NAME, backward, build, forward, images_for, weights
+from vitviz.evaluation.measuring import method_names
+from vitviz.evaluation.options import EvaluationOptions
+from vitviz.evaluation.perturbation import PERTURBATIONS
 from vitviz.explaining.batch import explain_batch
 from vitviz.methods.evidence import Evidence
 from vitviz.methods.relevance import Relevance
 from vitviz.methods.rollout import GradRollout, Rollout
-from vitviz.options import HeadFusion, OutputKind
+from vitviz.options import Convention, HeadFusion, OutputKind
 
 __all__ = ["ROWS"]
 
@@ -80,19 +85,45 @@ def grad_rollout(setting: Setting) -> Report:
 @_row()
 def relevance(setting: Setting) -> Report:
     """Relevance (top1), 197 tokens, batch 16 ÷ forward."""
-    return overhead(setting, _RELEVANCE, goal=Goal(limit=2.6))
+    return overhead(setting, _RELEVANCE, goal=Goal(limit=2.6), with_floor=True)
 
 
 @_row()
 def evidence(setting: Setting) -> Report:
     """Evidence (top1), 197 tokens, batch 16 ÷ forward."""
-    return overhead(setting, _EVIDENCE, goal=Goal(limit=3.0))
+    return overhead(setting, _EVIDENCE, goal=Goal(limit=3.0), with_floor=True)
 
 
 @_row()
 def swin_evidence(setting: Setting) -> Report:
     """Evidence (top1) of Swin-T, batch 16 ÷ forward."""
     return overhead(setting, _EVIDENCE, goal=Goal(limit=4.0), name="swin_tiny_patch4_window7_224")
+
+
+@_row()
+def evaluation(setting: Setting) -> Report:
+    """`evaluate`, all methods ÷ the forward passes that its curves need by their definition."""
+    module = build()
+    model, images = vitviz.load_model(module), images_for(BATCH)
+    pictures = list(np.random.default_rng(0).integers(0, 256, (4, 224, 224, 3), np.uint8))
+    maps = len(method_names(model, EvaluationOptions()))
+    shares = len(PERTURBATIONS[Convention.VITVIZ].shares)
+    needed = len(pictures) * (1 + 2 * shares * maps)  # each order of each map; once as it is
+    times = alternate(
+        setting.rounds(3),
+        plain=lambda: forward(module, images),
+        vitviz=lambda: vitviz.evaluate(model, pictures),
+    )
+    return Report(
+        figures=[
+            Figure(
+                label=f"evaluate ÷ {needed // len(pictures)} forward passes an image",
+                values=times.ratios("vitviz", "plain", factor=BATCH / needed),
+                goal=Goal(limit=1.3),
+            )
+        ],
+        notes={"images": len(pictures), "ms_per_image": times.milliseconds(len(pictures))},
+    )
 
 
 @_row(photographs)
