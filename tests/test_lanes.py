@@ -199,9 +199,9 @@ def test_threads_are_own_where_the_backend_is_openmp(
     assert cores._threads_are_own() is own
 
 
-@pytest.mark.parametrize("discard", [0, 0.9])
+@pytest.mark.parametrize("discard", [0, 0.9, None], ids=["mean", "discarding", "relevance"])
 def test_threads_that_share_the_rows_of_a_long_sequence_give_the_same(
-    monkeypatch: pytest.MonkeyPatch, discard: float
+    monkeypatch: pytest.MonkeyPatch, discard: float | None
 ) -> None:
     drawn = torch.randn(2, 2, 1, 3, 50, 8, generator=torch.Generator().manual_seed(0))
     records = [
@@ -218,6 +218,10 @@ def test_threads_that_share_the_rows_of_a_long_sequence_give_the_same(
     def rolled_out() -> Tensor:
         seen.clear()
         fusions = [partial(fuse, record) for record in records]
+        if discard is None:
+            start = torch.full((2, 50), 1 / 50)
+            *_, last = row_form.gradient_relevance(records, fusions, start, weigh_values=False)
+            return last
         return row_form.attention_rollout(records, fusions, torch.eye(50)[0], discard=discard)
 
     alone = rolled_out()

@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+_Fused = Callable[[slice], Tensor]
+"""Fused attention (images, maps, queries, keys) of some queries."""
+
 _WORTH_THREADS = 1 << 22  # of an image's block, above which rows are worked on side by side
 
 
@@ -54,14 +57,17 @@ def attention_rollout(
     # Of the last block only the rows that are read matter, unless a threshold needs all of them.
     queries = slice(0, tokens) if discard else _support(readout)
     threads = _threads(records[-1].shape, readout.device)
+    room = relevance.new_empty(0)  # for whole maps, which no block shares with another
     with side_by_side(threads) as spread:
         for record, fusion in zip(reversed(records), reversed(fusions), strict=True):
-            carried = [
-                _through_block(
-                    relevance[images], partial(fusion, images), row_chunks, discard, spread
-                )
-                for images, row_chunks in chunks(record.shape, queries, threads)
-            ]
+            carried = []
+            for images, row_chunks in chunks(record.shape, queries, threads):
+                maps: _Fused = partial(fusion, images)
+                if discard:
+                    size = images.stop - images.start, tokens, tokens
+                    room = room if len(room) >= size[0] else room.new_empty(size)
+                    maps = _discarding(maps, row_chunks, discard, spread, room[: size[0]])
+                carried.append(_through_block(relevance[images], maps, row_chunks, spread))
             relevance = torch.cat(carried) if len(carried) > 1 else carried[0]
             queries = slice(0, tokens)  # further down, every token may carry relevance
     return relevance
@@ -113,9 +119,15 @@ def gathered(record: Attention, fusion: Fusion, weights: Tensor) -> Tensor:
         (batch, keys).
     """
     found = torch.zeros_like(weights)
-    for images, row_chunks in chunks(record.shape, _support(weights)):
-        for rows in row_chunks:  # those that carry anything
-            found[images] += _gather(weights[images, rows], fusion(images, rows))
+    threads = _threads(record.shape, weights.device)
+
+    def gather(images: slice, rows: slice) -> Tensor:
+        return _gather(weights[images, rows], fusion(images, rows))
+
+    with side_by_side(threads) as spread:
+        for images, row_chunks in chunks(record.shape, _support(weights), threads):
+            for passed in spread(partial(gather, images), row_chunks):  # rows that carry anything
+                found[images] += passed
     return found
 
 
@@ -174,14 +186,11 @@ def pooled_readout(tail: Sequence[Fusion], tokens: int) -> Tensor:
 
 def _through_block(
     relevance: Tensor,
-    fusion: Callable[[slice], Tensor],
+    fusion: _Fused,
     row_chunks: list[slice],
-    discard: float,
     spread: Spread,
 ) -> Tensor:
     """Multiply relevance (images, tokens) with one block's Â from the left."""
-    if discard:
-        fusion = _discarding(fusion, row_chunks, discard, spread)
 
     def carry(rows: slice) -> tuple[Tensor, Tensor]:
         maps = fusion(rows)
@@ -197,19 +206,22 @@ def _through_block(
 
 
 def _discarding(
-    fusion: Callable[[slice], Tensor], row_chunks: list[slice], ratio: float, spread: Spread
-) -> Callable[[slice], Tensor]:
+    fusion: _Fused, row_chunks: list[slice], ratio: float, spread: Spread, room: Tensor
+) -> _Fused:
     """Return a block's fused attention with its lowest entries set to 0, for each chunk once.
 
     Before the residual connection is added, so that no token loses its own. The threshold is taken
-    over the whole map, so for once the whole map is held.
+    over the whole map, so for once the whole map is held: in ``room`` (images, tokens, tokens),
+    since what threads allocate for one block is seldom free for the next.
     """
-    whole = list(spread(lambda rows: _mean(fusion(rows)), row_chunks))
-    lowest = lowest_kept(whole, ratio, spread)
-    held = dict(zip([rows.start for rows in row_chunks], whole, strict=True))
+
+    def compute(rows: slice) -> Tensor:
+        return room[:, rows].copy_(_mean(fusion(rows)))
+
+    lowest = lowest_kept(list(spread(compute, row_chunks)), ratio, spread)
 
     def kept(rows: slice) -> Tensor:
-        maps = held.pop(rows.start)
+        maps = room[:, rows]
         return (maps if lowest is None else keep_from(maps, lowest)).unsqueeze(1)
 
     return kept
