@@ -51,7 +51,7 @@ def overhead(
     in_parts = partial(map_parts, tokens=model.layout.tokens)
     floor = {"floor": lambda: in_parts(partial(backward, module), images)} if with_floor else {}
     times = alternate(
-        setting.rounds(15),
+        setting.rounds(15 if name == NAME else 5),
         plain=lambda: run(images),
         side_by_side=lambda: in_parts(run, images),
         vitviz=lambda: explain_batch(model, images, options),
@@ -90,7 +90,7 @@ def throughput(
             forward(module, images[: len(sources) - start])
 
     times = alternate(
-        setting.rounds(5),
+        setting.rounds(3),
         after=runs.clearing(setting),
         plain=plain,
         vitviz=lambda: runs.explain(setting, model, sources, kind),

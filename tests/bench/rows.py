@@ -145,7 +145,7 @@ def folder_large(setting: Setting) -> Report:
     large = runs.sources_in(large_photographs(setting))
     small = runs.sources_in(photographs(setting))[: len(large)]
     times = alternate(
-        setting.rounds(5),
+        setting.rounds(3),
         after=runs.clearing(setting),
         small=lambda: runs.explain(setting, model, small),
         large=lambda: runs.explain(setting, model, large),
