@@ -38,6 +38,7 @@ from vitviz.options import Fit, OutputKind, PictureFormat, PictureOptions
 from vitviz.runs import writing
 from vitviz.runs.job import Job
 from vitviz.runs.names import output_path
+from vitviz.runs.picture_files import animated
 from vitviz.runs.provenance import (
     Provenance,
     encode,
@@ -222,6 +223,10 @@ def test_what_a_format_cannot_hold_is_refused() -> None:
     crowded = replace(MINE, source="x" * 70_000)
     with pytest.raises(OutputError, match="too large for jpeg"):
         encode_picture(wide, crowded, PictureFormat.JPEG)
+    with pytest.raises(OutputError, match=r"too large for webp; use --format gif, or a lower"):
+        animated([wide], "", PictureFormat.WEBP)
+    with pytest.raises(OutputError, match=r"too large for gif; use a lower --max-size"):
+        animated([wide], "x" * 70_000, PictureFormat.GIF)
 
 
 @pytest.mark.parametrize("format", STILL)

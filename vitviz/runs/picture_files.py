@@ -50,7 +50,7 @@ def encoded(pixels: Pixels, text: str, format: PictureFormat = PictureFormat.PNG
     """
     if format is PictureFormat.PNG:
         return _png(pixels, text)
-    _require_room(pixels, text, format)
+    _require_room(pixels, text, format, instead=PictureFormat.PNG)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format.value, quality=_QUALITY, exif=_exif(text))
     return buffer.getvalue()
@@ -67,7 +67,7 @@ def animated(frames: Sequence[Pixels], text: str, format: PictureFormat) -> byte
     Raises:
         OutputError: The format cannot hold the frames or the text.
     """
-    _require_room(frames[0], text, format)
+    _require_room(frames[0], text, format, instead=PictureFormat.GIF)
     pictures = [Image.fromarray(frame) for frame in frames]
     kept: dict[str, Any] = {"quality": _QUALITY}
     if format is PictureFormat.GIF:
@@ -95,11 +95,12 @@ def _in_palette(picture: Image.Image) -> Image.Image:
     return picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
-def _require_room(pixels: Pixels, text: str, format: PictureFormat) -> None:
+def _require_room(pixels: Pixels, text: str, format: PictureFormat, instead: PictureFormat) -> None:
     if max(pixels.shape[:2]) > _LONGEST[format] or len(text) > _EXIF_BYTES:
+        other = "" if instead is format else f"--format {instead}, or "
         raise OutputError(
             f"a picture of {pixels.shape[1]}x{pixels.shape[0]} pixels with {len(text)} bytes of "
-            f"provenance is too large for {format.value}; use --format png, or a lower --max-size"
+            f"provenance is too large for {format.value}; use {other}a lower --max-size"
         )
 
 

@@ -267,7 +267,7 @@ def require_own(part: Path) -> None:
     except (OSError, ValueError) as error:
         raise OutputError(f"{part} cannot be read: {first_line(error)}; move it away") from error
     if _MARK not in (metadata or {}):
-        raise OutputError(f"{part} was not written by vitviz; choose another name for --records")
+        raise OutputError(f"{part} was not written by vitviz; choose another name")
 
 
 def _places(part: Path, method: str) -> Iterator[tuple[_Place, str]]:
