@@ -17,7 +17,7 @@ from vitviz.errors import OptionError
 from vitviz.explaining.passes import shared_passes
 from vitviz.methods.comparison import Comparison
 from vitviz.methods.table import PUBLISHED, named_method, variants
-from vitviz.options import PictureOptions
+from vitviz.options import OutputKind, PictureOptions
 from vitviz.runs.provenance import read_provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,14 +143,25 @@ def test_hierarchical_model_is_compared_with_methods_that_suit_it(shell: Shell) 
     assert [name for name, _ in sheet.columns] == ["evidence", "evidence-plain"]
     with pytest.raises(vitviz.VitvizError, match="or use evidence"):
         vitviz.compare(model, "scene.png")
-    done = shell("compare", "-m", "swin_tiny", "scene.png", "--no-pretrained")
+    done = shell("compare", "-m", "swin_tiny_patch4_window7_224", "scene.png")
     assert done.code == 2
+    assert "or use evidence" in done.err
 
 
-@pytest.mark.parametrize("words", [("nosuch",), ("relevance,",), ("attention",), ()])
+@pytest.mark.parametrize("words", [("nosuch",), (",",), ("attention",), ()])
 def test_unknown_method_is_refused(words: tuple[str, ...]) -> None:
     with pytest.raises(OptionError, match="--methods"):
         Comparison.of(words, ("top1",))
+
+
+def test_class_to_compare_with_is_refused_where_no_method_explains_one() -> None:
+    with pytest.raises(OptionError, match="--versus is about classes, which rollout does not"):
+        Comparison.of(("rollout",), ("top1",), "star")
+
+
+def test_sheets_in_a_grid_have_no_colour_bar_but_their_own() -> None:
+    (sheet,) = vitviz.compare(tiny_model(), picture(60, 60), methods="rollout")
+    assert sheet.cell(OutputKind.OVERLAY, "").bar is None
 
 
 def test_method_of_a_similar_name_is_offered() -> None:

@@ -433,3 +433,54 @@ def test_maps_of_half_precision_are_near_those_of_single() -> None:
             class_indices=exact.class_indices,
         )
         assert distance(np.asarray(rough.relevance), np.asarray(exact.relevance)).max() < 0.2
+
+
+FORMS: dict[str, Callable[[], dict[str, object]]] = {
+    "plain": dict,
+    "causal": lambda: {"is_causal": True},
+    "bias": lambda: {"attn_mask": _drawn(9, 9, seed=7)},
+    "a query that sees no key": lambda: {"attn_mask": torch.arange(9)[:, None].expand(9, 9) != 2},
+    "scale": lambda: {"scale": 0.7},
+}
+SHAPES = {
+    "plain": ((2, 4, 9, 6), (2, 4, 9, 6), (2, 4, 9, 5)),
+    "one query": ((2, 4, 1, 6), (2, 4, 1, 6), (2, 4, 1, 5)),
+    "shared queries": ((1, 4, 9, 6), (2, 4, 9, 6), (2, 4, 9, 5)),
+    "shared keys": ((2, 4, 9, 6), (1, 4, 9, 6), (1, 4, 9, 5)),
+    "one head of keys": ((2, 4, 9, 6), (2, 1, 9, 6), (2, 4, 9, 5)),
+    "no heads": ((2, 9, 6), (2, 9, 6), (2, 9, 5)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_way_back_to_the_values_is_that_of_torch(form: str, shape: str) -> None:
+    if shape == "one query" and "attn_mask" in FORMS[form]():
+        pytest.skip("the mask is of nine tokens")
+    query, key, value = (_drawn(*size, seed=seed) for seed, size in enumerate(SHAPES[shape]))
+
+    def gradient() -> Tensor:
+        at = value.clone().requires_grad_(True)
+        y = F.scaled_dot_product_attention(query, key, at, **FORMS[form]())
+        (found,) = torch.autograd.grad(y, at, _drawn(*y.shape, seed=5))
+        return found
+
+    expected = gradient()
+    assert expected.isfinite().all()
+    with LinearizedBackward(AttentionRule.VALUE):
+        torch.testing.assert_close(gradient(), expected)
+
+
+def test_way_back_to_the_values_is_as_exact_in_half_precision() -> None:
+    """In pieces of few rows, sums of half precision would lose the last ones."""
+    drawn = [_drawn(1, 12, 2305, 16, seed=seed) for seed in range(4)]
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        query, key, value, along = (each.bfloat16().to(dtype) for each in drawn)
+        value.requires_grad_(True)
+        with LinearizedBackward(AttentionRule.VALUE):
+            y = F.scaled_dot_product_attention(query, key, value)
+        return torch.autograd.grad(y, value, along)[0].double()
+
+    exact, rough = gradient(torch.float64), gradient(torch.bfloat16)
+    assert float((rough - exact).abs().max() / exact.abs().max()) < 4e-3

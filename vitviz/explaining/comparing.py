@@ -42,6 +42,11 @@ class Sheet(Explanation):
         source, _, model = self.origin.partition(" · ")
         return picture_table(rows, title=source, subtitle=model, names=names)
 
+    @property
+    def _has_heat(self) -> bool:
+        """Each of its maps has a colour bar on the sheet; there is none for all."""
+        return False
+
     def caveats(self) -> list[Caveat]:
         """Say why one of the maps may mislead; nothing where none need."""
         found = (caveat for _, maps in self.columns for each in maps for caveat in each.caveats())
@@ -71,7 +76,8 @@ def _sheet(comparison: Comparison, item: Explained) -> Sheet:
         (each.name, tuple(one for one in item.maps if one.method == each.method))
         for each in comparison.columns
     ]
-    # Numbers of one map an image are told: of one that no class changes, if there is one.
+    # A record has room for one map's numbers: those of a method that explains no class, if there
+    # is one, else those of the first column's first class.
     base, *_ = min((maps for _, maps in columns), key=_explains_class)
     return Sheet(
         method=comparison,

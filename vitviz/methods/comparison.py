@@ -44,10 +44,10 @@ class Comparison(Method):
         """Read the names of methods, which commas may part, and let each explain the classes.
 
         Raises:
-            OptionError: There is no such method, or none at all.
+            OptionError: There is no such method, none at all, or none for ``versus``.
         """
         columns: list[NamedMethod] = []
-        for name in (name.strip() for word in words for name in word.split(",")):
+        for name in filter(None, (name.strip() for word in words for name in word.split(","))):
             named = named_method(name)
             if isinstance(named.method, ClassMethod):
                 asked = replace(named.method, classes=classes, versus=versus)
@@ -56,6 +56,9 @@ class Comparison(Method):
                 columns.append(named)
         if not columns:
             raise OptionError("no method to compare; give --methods relevance, say")
+        if versus is not None and not any(each.method.explains_class for each in columns):
+            names = ", ".join(each.name for each in columns)
+            raise OptionError(f"--versus is about classes, which {names} does not explain")
         finest = max(each.method.refine for each in columns)
         return cls(columns=tuple(columns), classes=classes, versus=versus, refine=finest)
 

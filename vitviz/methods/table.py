@@ -49,6 +49,6 @@ def named_method(name: str) -> NamedMethod:
         hint = f" (did you mean {near[0]}?)" if near and word not in known else ""
         raise OptionError(
             f"--methods {name} is unknown{hint}; choose among {', '.join(known)}, with @2 after "
-            "one for maps twice as fine (the baselines are always there)"
+            "one for maps twice as fine"
         )
     return NamedMethod(name=name, method=replace(known[word], refine=int(finer) if at else 1))

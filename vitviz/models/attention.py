@@ -89,15 +89,19 @@ class AttentionRecord:
             gradient: ∂y/∂O for the whole batch, (batch, heads, queries, value_dim).
 
         Returns:
-            (batch, key_heads, keys, value_dim).
+            (batch, key_heads, keys, value_dim), in the gradient's precision.
         """
         batch, heads, queries, keys = self.shape
-        found = gradient.new_zeros(batch, heads, keys, gradient.shape[-1])
+        wide = at_least_float32(gradient)  # of many rows, half precision would lose the last ones
+        found = wide.new_zeros(batch, heads, keys, gradient.shape[-1])
         for images, row_chunks in chunks(self.shape, slice(0, queries)):
             for rows in row_chunks:
-                passed = self.probabilities(images, rows).transpose(2, 3).to(gradient.dtype)
-                found[images] += passed @ gradient[images, :, rows]
-        return found.view(batch, self.key.shape[1], -1, *found.shape[2:]).sum(dim=2)
+                passed = self.probabilities(images, rows).transpose(2, 3)
+                if self.bias is not None:  # a query that sees no key passes nothing on, as in torch
+                    passed = passed.nan_to_num(nan=0)
+                found[images] += passed @ wide[images, :, rows]
+        heads_together = found.view(batch, self.key.shape[1], -1, *found.shape[2:]).sum(dim=2)
+        return heads_together.to(gradient.dtype)
 
     def value_norms(self) -> Tensor:
         """Compute ‖W_o v_j‖, how much the value of each token j can move the tokens that see it.

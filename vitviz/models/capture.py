@@ -112,7 +112,8 @@ class AttentionCapture:
     def recording(self) -> Iterator[None]:
         """Record what this thread runs; threads do not see each other's records.
 
-        Inside of itself, it sees what other modes that were entered meanwhile make of a call.
+        It may be nested: only the innermost mode of a thread records, so that it sees calls before
+        modes that were entered in between change them.
         """
         if self._is_recording:
             with self._watching():

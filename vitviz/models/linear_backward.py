@@ -112,7 +112,7 @@ class LinearizedBackward(TorchFunctionMode):
         if self._rule is AttentionRule.VALUE:
             query, key = query.detach(), key.detach()
             # On an accelerator, torch's way back to all three is fast.
-            if value.device.type != "cpu" or value.dim() != 4:
+            if value.device.type != "cpu" or not _is_plain(query, key, value):
                 return func(query, key, value, *args, **kwargs)
             call = partial(func, query, key, value.detach(), *args, **kwargs)
             arguments = SdpaArguments(query, key, value.detach(), *args, **kwargs)
@@ -251,6 +251,12 @@ class _Gated(torch.autograd.Function):
         gate = F.hardshrink(x, _NEAR_ZERO)
         torch.div(output, gate, out=gate).nan_to_num_(0.5, 0.5, 0.5)
         return gate.mul_(gradient), None
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Tell whether attention is of (batch, heads, tokens, channels), none of them broadcast."""
+    same_batch = query.shape[:1] == key.shape[:1] == value.shape[:1]
+    return value.dim() == 4 and same_batch and key.shape[1] == value.shape[1]
 
 
 class _ThroughValues(torch.autograd.Function):
