@@ -51,7 +51,7 @@ def overhead(
     in_parts = partial(map_parts, tokens=model.layout.tokens)
     floor = {"floor": lambda: in_parts(partial(backward, module), images)} if with_floor else {}
     times = alternate(
-        setting.rounds(15 if name == NAME else 5),
+        setting.rounds(9 if name == NAME else 3),
         plain=lambda: run(images),
         side_by_side=lambda: in_parts(run, images),
         vitviz=lambda: explain_batch(model, images, options),
@@ -131,7 +131,7 @@ def long_sequence(
         "plain": lambda: plain(module, images),
         "vitviz": lambda: explain_batch(model, images, options),
     }
-    rounds = setting.rounds(5)
+    rounds = setting.rounds(3)
     times = alternate(rounds, **sides)
     peaks = [(peak(sides["vitviz"]), peak(sides["plain"])) for _ in range(rounds)]
     label = f"{_described(options)}, 4,097 tokens"

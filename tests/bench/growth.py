@@ -70,7 +70,7 @@ def _maps(setting: Setting, batch: int, side: int) -> dict[str, Any]:
     module, pixels = build(img_size=side), images_for(batch, img_size=side)
     model = vitviz.load_model(module)
     times = alternate(
-        setting.rounds(5),
+        setting.rounds(3),
         forward=lambda: forward(module, pixels),
         rollout=lambda: explain_batch(model, pixels, Rollout()),
     )
@@ -90,7 +90,7 @@ def _images(setting: Setting, counts: Sequence[int]) -> list[dict[str, float]]:
     def rate(count: int) -> float:
         many = count > 100  # warm by then, and long enough to tell in one round
         times = alternate(
-            1 if many else setting.rounds(5),
+            1 if many else setting.rounds(3),
             warm_up=0 if many else 1,
             after=runs.clearing(setting),
             pipeline=lambda: runs.explain(setting, model, sources[:count]),

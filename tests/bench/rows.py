@@ -309,7 +309,7 @@ def endurance(setting: Setting) -> Report:
 def help_text(setting: Setting) -> Report:
     """`vitviz --help` ÷ Python that imports typer and rich; no heavy module is loaded."""
     times = alternate(
-        setting.rounds(15),
+        setting.rounds(9),
         vitviz=command(*runs.vitviz_command("--help")),
         plain=command(sys.executable, "-c", "import typer, rich"),
     )
@@ -342,7 +342,7 @@ def one_image(setting: Setting) -> Report:
     """One photograph, the whole command ÷ Python that loads the model and runs it once."""
     photograph = min(photographs(setting).iterdir())
     times = alternate(
-        setting.rounds(7),
+        setting.rounds(5),
         after=runs.clearing(setting),
         plain=command(sys.executable, "-c", _PLAIN_COMMAND, weights(setting)),
         vitviz=command(*runs.rollout_command(setting, photograph)),
@@ -366,7 +366,7 @@ def peer(setting: Setting) -> Report:
     module, images = build(), images_for(BATCH)
     model = vitviz.load_model(module)
     times = alternate(
-        setting.rounds(15),
+        setting.rounds(9),
         plain=lambda: forward(module, images),
         grad_cam=lambda: grad_cam(input_tensor=images, targets=None),
         vitviz=lambda: explain_batch(model, images, _GRADIENT),
