@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -168,13 +168,13 @@ def class_gradients(case: TinyCase) -> list[list[Array]]:
     return [trace.gradients(class_of_image) for class_of_image in classes]
 
 
-@cache
+@lru_cache(maxsize=1)  # with its graph, the largest of all, and of each mistake there is one
 def linear_traced(case: TinyCase, rules: Rules) -> LinearTrace:
     """Run a tiny model linearised by hand; a model of its own, never seen by the package."""
     return linear_oracles.linear_trace(case.build(), case.images(), rules)
 
 
-@cache
+@lru_cache(maxsize=256)  # what the right rules ask of all cases, and some of the mistakes
 def linear_about(
     case: TinyCase, rules: Rules, class_of_image: tuple[int, ...], versus: tuple[int, ...] | None
 ) -> list[ImageTrace]:

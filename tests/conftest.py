@@ -15,7 +15,7 @@ import pytest
 from fixtures_io import LABELS, NAME, Shell, save_tiny
 from fixtures_processes import Nursery
 
-_MUCH = 1.4e9  # bytes a worker holds before all its objects, half a second's worth, are looked at
+_MUCH = 1.25e9  # bytes a worker holds before all its objects, half a second's worth, are looked at
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,8 @@ def one_thread() -> Iterator[None]:
 def forgotten_caches(request: pytest.FixtureRequest) -> Iterator[None]:
     """Drop, after each module, what its functions have cached, so that a worker stays small."""
     yield
-    _forget(vars(request.module).values())
+    shared = vars(sys.modules["comparison"]).values() if "comparison" in sys.modules else ()
+    _forget([*vars(request.module).values(), *shared])
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ All entrypoints, as wide as they are, are in sweep_zoo.py.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -102,7 +103,6 @@ MEMBERS = (
     Member("eva02_tiny_patch14_224", "1 class", PATCHES, "1-"),
     Member("vit_small_patch16_dinov3", "1 class + 4 registers", PATCHES, "5-"),
     Member("vit_small_patch16_lingbot", "1 class + 4 registers", CLASS, "0"),
-    Member("vit_base_patch16_sapiens2", "1 class + 8 registers", CLASS, "0"),
     Member("vit_small_patch16_rope_mixed_224", "1 class", CLASS, "0"),
     Member("vit_betwixt_patch16_rope_reg4_gap_256", "4 registers", PATCHES, "4-"),
     # Any size, towers of language models, class attention.
@@ -112,13 +112,20 @@ MEMBERS = (
     Member("deepseek_vit_412m", "none", ALL, "0-"),
     Member("cait_xxs24_224", "none", JOINING, "0-"),
 )
+# It has one width, and in double precision a third of a gigabyte.
+LARGE = (Member("vit_base_patch16_sapiens2", "1 class + 8 registers", CLASS, "0"),)
 
 
-@pytest.fixture(scope="module", params=MEMBERS, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[*MEMBERS, *(pytest.param(member, marks=pytest.mark.slow) for member in LARGE)],
+    ids=str,
+)
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Member, Specimen]]:
     """One at a time, since together they would not fit into memory."""
     member: Member = request.param
     yield member, collect(member.name, narrow=True)
+    gc.collect()
 
 
 @pytest.mark.slow
