@@ -77,7 +77,7 @@ def captured(model: Model, methods: Sequence[Method]) -> Iterator[Capture]:
         projections=any(each.weighs_values for each in methods),
         blocks=blocks if any(each.needs_block_inputs for each in methods) else blocks[-1:],
         parts=methods[0].watched(model),
-    ) as capture:
+    ).attached() as capture:
         yield capture
 
 

