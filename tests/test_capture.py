@@ -360,6 +360,18 @@ def test_nothing_is_recorded_outside() -> None:
     assert capture.take() == []
 
 
+def test_attached_capture_records_what_runs_inside_recording_alone() -> None:
+    model, images = PLAIN.build(), PLAIN.images(1)
+    with AttentionCapture(model).attached() as capture, torch.no_grad():
+        model(images)
+        assert capture.take() == []
+        with capture.recording():
+            model(images)
+            assert len(capture.take()) == 4
+        model(images)
+        assert capture.take() == []
+
+
 def test_model_run_in_another_thread_is_an_error() -> None:
     model = PLAIN.build()
     with AttentionCapture(model) as capture:
