@@ -115,14 +115,14 @@ def draw_figure(
 
 def _levels(panels: Sequence[Panel]) -> NDArray[np.floating]:
     """Return the ticks of the vertical axes: from 0, or below, to the first above all curves."""
-    heights = [0.0, *(float(end) for panel in panels for y in panel.curves for end in _ends(y))]
+    heights = [0.0, *(end for panel in panels for y in panel.curves for end in _ends(y))]
     lowest, highest = min(heights), max(heights)
     ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(lowest, highest or 1.0)
     return np.asarray(ticks)
 
 
 def _ends(y: NDArray[np.floating]) -> tuple[float, float]:
-    return y.min(), y.max()
+    return float(y.min()), float(y.max())
 
 
 def _draw_line(

@@ -223,8 +223,8 @@ class _Found:
             numbers = stored.numbers(strip)
             known = numbers[~np.isnan(numbers)]
             missing |= len(known) < numbers.size
-            lowest = min(lowest, known.min(initial=np.inf))
-            highest = max(highest, known.max(initial=-np.inf))
+            lowest = min(lowest, float(known.min(initial=np.inf)))
+            highest = max(highest, float(known.max(initial=-np.inf)))
             some = numbers[::step, ::step].ravel()
             parts.append(some[~np.isnan(some)])
         sample = np.sort(np.concatenate(parts))

@@ -33,7 +33,9 @@ def in_unit(relevance: NDArray[Any], unit: Unit) -> Heat:
     """Return relevance (rows, cols) in a unit; on average it is 1 in ``AVERAGE``."""
     values = np.asarray(relevance, dtype=np.float32)
     total = float(values.sum(dtype=np.float64))
-    return values * (values.size / total) if unit is Unit.AVERAGE and total else values
+    if unit is not Unit.AVERAGE or not total:
+        return values
+    return np.multiply(values, values.size / total, dtype=np.float32)
 
 
 def finer(places: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.bool_]:
