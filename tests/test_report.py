@@ -231,7 +231,7 @@ def table_index() -> dict[str, Any]:
 def test_table_is_read_as_files_are(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path(), ["a.png", "b.png"])
     Path("c.png").write_bytes(b"nothing")
-    words = ["evidence", "a.png", "b.png", "c.png", *tiny, "--fit", "crop", "--class", "tabby"]
+    words = ["evidence", "b.png", "a.png", "c.png", *tiny, "--fit", "crop", "--class", "tabby"]
     shell(*words, *TABLE)
     done = shell("report", "m.parquet")
     assert (done.code, done.paths) == (0, ["m.report/report.html"])

@@ -96,6 +96,7 @@ class FoundImage:
 def find_images(folder: Path, table: Path | None) -> tuple[list[FoundImage], list[Failure]]:
     """Find the images whose maps are in a folder, and complete what the page needs of them.
 
+    Those that have files come first, in the order of their names, then those of tables, likewise.
     Also return what failed in the last runs, and has no newer map.
 
     What a run with a report has kept is taken as it is. Else the numbers are read from ``.npy``
@@ -113,14 +114,18 @@ def find_images(folder: Path, table: Path | None) -> tuple[list[FoundImage], lis
     failures = read_failures(folder)
     for path, provenance in _made_here(folder):
         _map_of(images, provenance).files[str(provenance.recipe.get("kind"))] = path
+    with_files = len(images)
     for row in (row for table in _tables(folder, table) for row in rows_in(table)):
         if row.failure is not None:
             failures.append(row.failure)
         elif not (known := _map_of(images, row.provenance)).files:
             known.row, known.provenance = row, row.provenance
-    for image in images.values():
+    found = list(images.values())
+    # Rows are in the order in which images were done, which is another in each run.
+    found[with_files:] = sorted(found[with_files:], key=lambda image: image.provenance.source)
+    for image in found:
         _complete(folder, image)
-    return list(images.values()), _not_mended(failures, images.values())
+    return found, _not_mended(failures, found)
 
 
 def _map_of(images: dict[str, FoundImage], provenance: Provenance) -> FoundMap:
