@@ -735,6 +735,7 @@ def test_mistake_gives_one_line_and_exit_code_2(
     assert not files()
 
 
+@pytest.mark.usefixtures("census")
 @pytest.mark.parametrize("model", ["resnet18", "swin_tiny_patch4_window7_224", "convit_tiny"])
 def test_unsupported_model_is_refused_before_its_weights_are_missed(
     shell: Shell, model: str

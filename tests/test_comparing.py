@@ -134,15 +134,21 @@ def test_sheet_of_two_classes_compared_says_so(shell: Shell) -> None:
     np.testing.assert_array_equal(np.asarray(sheet.panel()), drawn)
 
 
-def test_hierarchical_model_is_compared_with_methods_that_suit_it(shell: Shell) -> None:
+def test_hierarchical_model_is_compared_with_methods_that_suit_it() -> None:
     module = timm.create_model(
         "swin_tiny_patch4_window7_224", num_classes=3, embed_dim=24, depths=(1, 1, 1, 1)
     )
     model = vitviz.load_model(module, device="cpu")
-    (sheet,) = vitviz.compare(model, "scene.png", methods=["evidence", "evidence-plain"])
+    (sheet,) = vitviz.compare(model, SCENE, methods=["evidence", "evidence-plain"])
     assert [name for name, _ in sheet.columns] == ["evidence", "evidence-plain"]
     with pytest.raises(vitviz.VitvizError, match="or use evidence"):
-        vitviz.compare(model, "scene.png")
+        vitviz.compare(model, SCENE)
+
+
+@pytest.mark.usefixtures("census")
+def test_comparison_that_suits_no_model_is_refused_before_its_weights_are_missed(
+    shell: Shell,
+) -> None:
     done = shell("compare", "-m", "swin_tiny_patch4_window7_224", "scene.png")
     assert done.code == 2
     assert "or use evidence" in done.err

@@ -75,6 +75,7 @@ def test_unreadable_file_alone_is_told_before_torch_is_loaded(tmp_path: Path) ->
     assert "Permission denied" in done.err
 
 
+@pytest.mark.usefixtures("census")
 @pytest.mark.parametrize(
     "arguments", [("rollout", "{}", "-m", "deit_tinny"), ("inspect", "deit_tinny")]
 )

@@ -52,6 +52,8 @@ class Reporter:
         self._as_json = as_json
         self._end = b"\0" if nul else b"\n"
         self._errors = Console(stderr=True, highlight=False)
+        # Asked now: what stands for stdout beside a bar cannot tell before Rich 15.
+        self._on_terminal = sys.stdout is not None and sys.stdout.isatty()
         self._counts: Counter[str] = Counter()
         self._best: Counter[str] = Counter()  # classes, of many images
         self._previews = False
@@ -215,7 +217,7 @@ class Reporter:
     def _speaks(self) -> bool:
         """Whether results are for people, who see both streams on one terminal."""
         is_plain = not self._as_json and self._end == b"\n"
-        return is_plain and self._shows_progress and sys.stdout is not None and sys.stdout.isatty()
+        return is_plain and self._shows_progress and self._on_terminal
 
     def write(self, result: str | Path, end: bytes = b"\n") -> None:
         """Write a result to stdout: paths byte for byte for programs, readable for people.
@@ -226,7 +228,7 @@ class Reporter:
         text = str(result)
         if sys.stdout is None:  # closed before we came
             return
-        if not sys.stdout.isatty():
+        if not self._on_terminal:
             is_path = isinstance(result, Path)
             content = os.fsencode(text) if is_path else text.encode(sys.stdout.encoding, SPELT_OUT)
             try:
