@@ -89,6 +89,7 @@ def test_misspelt_model_is_told_before_torch_is_loaded(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("census")
 @pytest.mark.parametrize(
     ("words", "offered"),
     [

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from fixtures_io import ROOT, at_most, picture
+from fixtures_io import ROOT, TIFF_YCBCR, at_most, picture
 
 SECONDS = 300  # many times what is needed, however busy the machine
 MOST_MEMORY = 900_000  # KiB, beside what a run over a single small file takes
@@ -67,7 +67,8 @@ KINDS: list[tuple[str, str, str, dict[str, Any]]] = [  # mode, format, ending, o
     ("L", "JPEG", ".JPG", {}),
     ("CMYK", "JPEG", ".jpg", {}),
     *((mode, "PNG", ".png", {}) for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "I;16")),
-    *((mode, "TIFF", ".tif", {}) for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")),
+    *((mode, "TIFF", ".tif", {}) for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK")),
+    *((mode, "TIFF", ".tif", {}) for mode in TIFF_YCBCR),
     *((mode, "TIFF", ".tiff", {}) for mode in ("I;16", "I", "F")),
     ("RGB", "TIFF", ".tif", {"compression": "tiff_lzw"}),
     ("RGB", "TIFF", ".tif", {"compression": "tiff_adobe_deflate"}),

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fixtures_io import SIZE, picture, tiny_model, tiny_module
+from fixtures_io import SIZE, TIFF_YCBCR, picture, tiny_model, tiny_module
 from fixtures_methods import make_method
 from vitviz.api import explain
 from vitviz.errors import ImageError, printable
@@ -54,7 +54,7 @@ def examples(number: int) -> settings:
     )
 
 
-MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr", "HSV")
+MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "I", "F", *TIFF_YCBCR, "HSV")
 sides = st.integers(1, 60)
 seeds = st.integers(0, 2**16)
 fits = st.sampled_from(list(Fit))

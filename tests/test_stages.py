@@ -304,6 +304,7 @@ def test_gray_codes_are_read_back() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("census")
 def test_evidence_of_a_hierarchical_model_from_the_command_line(
     tmp_path: Path, shell: Shell
 ) -> None:

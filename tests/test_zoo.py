@@ -117,6 +117,11 @@ MEMBERS = (
 LARGE = (Member("vit_base_patch16_sapiens2", "1 class + 8 registers", CLASS, "0"),)
 
 
+def _require(name: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+
+
 @pytest.fixture(
     scope="module",
     params=[*MEMBERS, *(pytest.param(member, marks=pytest.mark.slow) for member in LARGE)],
@@ -125,8 +130,7 @@ LARGE = (Member("vit_base_patch16_sapiens2", "1 class + 8 registers", CLASS, "0"
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Member, Specimen]]:
     """One at a time, since together they would not fit into memory."""
     member: Member = request.param
-    if not timm.is_model(member.name):
-        pytest.skip(f"timm {timm.__version__} has no {member.name}")
+    _require(member.name)
     specimen = collect(member.name, narrow=True)
     try:
         specimen.module(specimen.images())
@@ -221,6 +225,7 @@ REFUSED = {
     ("name", "reason"), [(name, reason) for reason, names in REFUSED.items() for name in names]
 )
 def test_family_for_which_rollout_is_not_defined_is_refused(name: str, reason: str) -> None:
+    _require(name)
     skeleton = build_skeleton(name)
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
         read_layout(skeleton, preprocessing_of(skeleton).size)
