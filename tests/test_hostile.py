@@ -61,14 +61,14 @@ def oriented(orientation: int) -> dict[str, Any]:
 
 
 ANIMATED = {"save_all": True}
+TIFF_MODES = "1", "L", "P", "LA", "RGB", "RGBA", "CMYK"
 KINDS: list[tuple[str, str, str, dict[str, Any]]] = [  # mode, format, ending, options
     *(("RGB", "JPEG", ".jpg", oriented(number)) for number in range(1, 9)),
     ("RGB", "JPEG", ".jpeg", {"progressive": True}),
     ("L", "JPEG", ".JPG", {}),
     ("CMYK", "JPEG", ".jpg", {}),
     *((mode, "PNG", ".png", {}) for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "I;16")),
-    *((mode, "TIFF", ".tif", {}) for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK")),
-    *((mode, "TIFF", ".tif", {}) for mode in TIFF_YCBCR),
+    *((mode, "TIFF", ".tif", {}) for mode in (*TIFF_MODES, *TIFF_YCBCR)),
     *((mode, "TIFF", ".tiff", {}) for mode in ("I;16", "I", "F")),
     ("RGB", "TIFF", ".tif", {"compression": "tiff_lzw"}),
     ("RGB", "TIFF", ".tif", {"compression": "tiff_adobe_deflate"}),
