@@ -104,7 +104,7 @@ def _assert_same_forward(model: nn.Module, images: Tensor, rule: AttentionRule) 
                 model, first_gradient=first_gradient, projections=True, blocks=blocks_of(model)
             ),
             torch.enable_grad(),
-            BalancedResiduals(blocks_of(model)) as residuals,
+            BalancedResiduals(blocks_of(model)).followed() as residuals,
             LinearizedBackward(rule, residuals if balanced else None),
         ):
             linear = _seen(model, images)

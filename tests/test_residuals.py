@@ -54,7 +54,10 @@ def _gradients(
     """
     a, b = (each.clone().requires_grad_(True) for each in (a, b))
     layers = [_Addition(add, a, b) if block == place else nn.Identity() for block in range(blocks)]
-    with BalancedResiduals(layers) as residuals, LinearizedBackward(AttentionRule.VALUE, residuals):
+    with (
+        BalancedResiduals(layers).followed() as residuals,
+        LinearizedBackward(AttentionRule.VALUE, residuals),
+    ):
         for number, layer in enumerate(layers):
             found = layer(torch.zeros(entering))
             if number == place:
@@ -180,7 +183,7 @@ def _gradients_of_first(other: object) -> tuple[Tensor, ...]:
     a = A.clone().requires_grad_(True)
     block = _Addition(lambda x: x + other, a)
     with (
-        BalancedResiduals([block, nn.Identity()]) as residuals,
+        BalancedResiduals([block, nn.Identity()]).followed() as residuals,
         LinearizedBackward(AttentionRule.VALUE, residuals),
     ):
         total = block(torch.zeros(SHAPE))
@@ -195,7 +198,7 @@ def test_additions_outside_of_blocks_are_plain_also_after_an_error() -> None:
     a, b = (each.clone().requires_grad_(True) for each in (A, B))
     block = Faulty()
     with (
-        BalancedResiduals([block, nn.Identity()]) as residuals,
+        BalancedResiduals([block, nn.Identity()]).followed() as residuals,
         LinearizedBackward(AttentionRule.VALUE, residuals),
     ):
         with pytest.raises(RuntimeError, match="on purpose"):

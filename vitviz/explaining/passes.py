@@ -67,7 +67,7 @@ def captured(model: Model, methods: Sequence[Method]) -> Iterator[Capture]:
     """Capture what the methods of one forward pass need."""
     blocks = blocks_of(model.module)
     if isinstance(model.layout, StageLayout):
-        with StageCapture(model.module, model.layout) as stages:
+        with StageCapture(model.module, model.layout).attached() as stages:
             yield stages
         return
     starts = [each.first_block for each in methods if each.needs_attention_gradients]
@@ -88,7 +88,7 @@ def backward_of(model: Model, leader: Method) -> Iterator[Backward]:
         residuals = None
         if leader.balances_residuals:
             blocks = all_blocks(model.module, model.layout)
-            residuals = stack.enter_context(BalancedResiduals(blocks))
+            residuals = stack.enter_context(BalancedResiduals(blocks).followed())
         rule = leader.backward_rule
         yield nullcontext if rule is None else partial(LinearizedBackward, rule, residuals)
 

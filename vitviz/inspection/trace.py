@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitviz.inspection.events import AttentionUse, ConstantUse, ModuleRun, Product, Shape, Trace
+from vitviz.models.hooks import hooked
 from vitviz.models.structure import on_meta
 
 __all__ = ["trace_model"]
@@ -57,8 +58,7 @@ def trace_model(module: nn.Module, shape: Shape) -> Trace:
         for part in [part for part in module.modules() if part.training]:
             part.training = False
             stack.callback(setattr, part, "training", True)
-        for handle in _watch_modules(module, clock, counter):
-            stack.callback(handle.remove)
+        stack.enter_context(hooked(_watch_modules(module, clock, counter)))
         stack.enter_context(torch.no_grad())  # FlopCounterMode of older torch sees no more
         stack.enter_context(_TensorTracker(clock, state, image))
         try:

@@ -8,29 +8,28 @@ dropout, where a hook sees it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from vitviz.errors import CaptureError
 from vitviz.models.attention import Attention, MaterializedAttention, SdpaArguments
-from vitviz.models.prepared import prepared
+from vitviz.models.hooks import ModelCapture
 from vitviz.models.projections import Joining
 from vitviz.models.structure import blocks_of
 
 __all__ = ["AttentionCapture", "output_gradients", "own_attention"]
 
 
-class AttentionCapture:
+class AttentionCapture(ModelCapture):
     """Collects the attention of every forward pass made inside ``with``, in execution order.
 
     Example:
@@ -38,11 +37,6 @@ class AttentionCapture:
         ...     logits = model(images)
         >>> len(capture.take())
         12
-
-    Inside, the model is in evaluation mode, fused attention is on (TIMM_FUSED_ATTN=0 switches it
-    off), no block runs twice to save memory, and no parameter asks for a gradient; outside it is
-    as it was, also after an error. It records what the thread that entered it runs, and other
-    threads inside ``recording``, each for itself; with ``attached``, only the latter.
     """
 
     def __init__(
@@ -68,7 +62,7 @@ class AttentionCapture:
             on_record: Takes each record at once, instead of keeping it for ``take``.
             isolate: Let each token attend to itself alone, to see what else mixes tokens.
         """
-        self._module = module
+        super().__init__(module)
         self._first_gradient = first_gradient
         self._projections = projections and first_gradient is not None
         self._blocks = blocks
@@ -76,44 +70,6 @@ class AttentionCapture:
         self._whole_blocks = frozenset(blocks_of(module))
         self._isolate = isolate
         self._on_record = on_record
-        self._of_thread = threading.local()
-        self._stack = ExitStack()
-
-    def __enter__(self) -> AttentionCapture:
-        """Start recording."""
-        with ExitStack() as stack:
-            stack.enter_context(self.attached())
-            stack.enter_context(self.recording())
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop recording and leave the model as it was."""
-        self._stack.close()
-
-    @contextmanager
-    def attached(self) -> Iterator[AttentionCapture]:
-        """Prepare the model, but record nothing outside ``recording``: seeing calls takes time."""
-        with ExitStack() as stack:
-            stack.enter_context(prepared(self._module))
-            for dropout in own_attention(self._module.modules()):
-                stack.callback(dropout.register_forward_hook(self._record_given).remove)
-            for block in self._blocks:
-                stack.callback(block.register_forward_pre_hook(self._enter_block).remove)
-            for block in self._blocks[-1:]:
-                stack.callback(block.register_forward_hook(self._leave_blocks).remove)
-            for part in self._parts:
-                stack.callback(part.register_forward_hook(self._leave_part).remove)
-            # Heads are joined by what the module that attends does to them until it ends.
-            for module in self._module.modules() if self._projections else ():
-                stack.callback(module.register_forward_pre_hook(self._begin_module).remove)
-                stack.callback(module.register_forward_hook(self._end_module).remove)
-            yield self
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -122,32 +78,32 @@ class AttentionCapture:
         It may be nested: only the innermost mode of a thread records, so that it sees calls before
         modes that were entered in between change them.
         """
-        if self._is_recording:
-            with self._watching():
-                yield
-            return
+        with super().recording():
+            outer = self._mode
+            with _CallMode(self) as self._of_thread.mode:
+                try:
+                    yield
+                finally:
+                    self._of_thread.mode = outer
+
+    def _begin(self) -> None:
         self._of_thread.records, self._of_thread.tokens = [], []
         self._of_thread.outputs = []
         self._of_thread.begun, self._of_thread.joining = {}, None
-        try:
-            with self._watching():
-                yield
-        finally:
-            vars(self._of_thread).clear()
 
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        outer = self._mode
-        with _CallMode(self) as self._of_thread.mode:
-            try:
-                yield
-            finally:
-                self._of_thread.mode = outer
-
-    @property
-    def _is_recording(self) -> bool:
-        """Whether this thread is inside; hooks are called in all threads that run the model."""
-        return hasattr(self._of_thread, "records")
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        for dropout in own_attention(self._module.modules()):
+            yield dropout.register_forward_hook(self._record_given)
+        for block in self._blocks:
+            yield block.register_forward_pre_hook(self._enter_block)
+        for block in self._blocks[-1:]:
+            yield block.register_forward_hook(self._leave_blocks)
+        for part in self._parts:
+            yield part.register_forward_hook(self._leave_part)
+        # Heads are joined by what the module that attends does to them until it ends.
+        for module in self._module.modules() if self._projections else ():
+            yield module.register_forward_pre_hook(self._begin_module)
+            yield module.register_forward_hook(self._end_module)
 
     @property
     def _mode(self) -> _CallMode | None:

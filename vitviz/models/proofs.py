@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitviz.errors import UnsupportedModelError
 from vitviz.models.attention import Attention, AttentionRecord
 from vitviz.models.capture import AttentionCapture
+from vitviz.models.hooks import hooked
 from vitviz.models.structure import INSTEAD, blocks_of, input_channels
 from vitviz.models.tokens import Readout, TokenLayout
 from vitviz.models.wrapping import logits_of
@@ -116,14 +117,16 @@ def _run_without_blocks(module: nn.Module, input_size: tuple[int, int], order: T
         last.append(tokens.requires_grad_(True))
         return tokens
 
-    handle = blocks_of(module)[-1].register_forward_hook(begin)
-    try:
-        with AttentionCapture(module), _skipped(blocks_of(module)) as passed, torch.enable_grad():
-            output = logits_of(module, module(images)).flatten(1)
-            direction = torch.randn(output.shape[1], generator=generator).to(output)
-            (gradient,) = torch.autograd.grad((output[0] * direction).sum(), last)
-    finally:
-        handle.remove()
+    blocks = blocks_of(module)
+    with (
+        hooked([blocks[-1].register_forward_hook(begin)]),
+        AttentionCapture(module),
+        _skipped(blocks) as passed,
+        torch.enable_grad(),
+    ):
+        output = logits_of(module, module(images)).flatten(1)
+        direction = torch.randn(output.shape[1], generator=generator).to(output)
+        (gradient,) = torch.autograd.grad((output[0] * direction).sum(), last)
     return _HeadRun(output=output, gradient=gradient, passed=passed)
 
 
@@ -201,14 +204,13 @@ def _run_with_one_token_changed(module: nn.Module, input_size: tuple[int, int]) 
         blocks[0].register_forward_pre_hook(enter),
         _last_to_try(blocks).register_forward_hook(leave),
     ]
-    try:
-        with AttentionCapture(module, isolate=True, on_record=ask), torch.no_grad():
-            module(images)
-    except _EnoughSeenError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked(handles),
+        AttentionCapture(module, isolate=True, on_record=ask),
+        torch.no_grad(),
+        suppress(_EnoughSeenError),
+    ):
+        module(images)
     return seen
 
 

@@ -12,14 +12,16 @@ the blocks alone is a choice of this package: everywhere, maps of different clas
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vitviz.models.hooks import hooked
 
 __all__ = ["ADDITIONS", "BalancedResiduals"]
 
@@ -33,10 +35,7 @@ ADDITIONS = frozenset((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)) 
 
 
 class BalancedResiduals:
-    """Knows the residual additions of the first three quarters of a model's blocks.
-
-    Inside ``with``, hooks tell in which block each thread is.
-    """
+    """Knows the residual additions of the first three quarters of a model's blocks."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         """Choose the blocks.
@@ -46,24 +45,12 @@ class BalancedResiduals:
         """
         self._blocks = blocks[: 3 * len(blocks) // 4]
         self._of_thread = threading.local()
-        self._stack = ExitStack()
 
-    def __enter__(self) -> BalancedResiduals:
-        """Begin to follow blocks."""
-        for block in self._blocks:
-            self._stack.callback(block.register_forward_pre_hook(self._enter).remove)
-            left = block.register_forward_hook(self._leave, always_call=True)
-            self._stack.callback(left.remove)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave the model as it was."""
-        self._stack.close()
+    @contextmanager
+    def followed(self) -> Iterator[BalancedResiduals]:
+        """Know in which block each thread is."""
+        with hooked(self._hooks()):
+            yield self
 
     def add(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Add, by the rule on the way back if this is a residual addition.
@@ -80,6 +67,11 @@ class BalancedResiduals:
             return func(*args, **kwargs)
         total: Tensor = _Balanced.apply(one, other, partial(func, **given))
         return total
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        for block in self._blocks:
+            yield block.register_forward_pre_hook(self._enter)
+            yield block.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._of_thread.shape = inputs[0].shape

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vitviz.errors import UnsupportedModelError
+from vitviz.models.hooks import hooked
 from vitviz.models.linear_backward import LinearizedBackward
 from vitviz.models.stages import Stage, StageCapture, StageLayout
 from vitviz.models.structure import input_channels
@@ -153,13 +155,8 @@ def _run(module: nn.Module, layout: StageLayout, images: Tensor) -> list[Tensor]
     some = next(module.parameters())
     last = module.get_submodule(layout.stages[-1].module)
     with StageCapture(module, layout) as capture, torch.no_grad():
-        handle = last.register_forward_hook(_stop)
-        try:
+        with hooked([last.register_forward_hook(_stop)]), suppress(_EnoughSeenError):
             module(images.to(device=some.device, dtype=some.dtype))
-        except _EnoughSeenError:
-            pass
-        finally:
-            handle.remove()
         tokens = capture.take_tokens()
     changes = []
     for stage, each in zip(layout.stages, tokens, strict=True):

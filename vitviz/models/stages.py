@@ -8,18 +8,17 @@ here from names and shapes is proved on the model itself, in ``stage_proofs``.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vitviz.errors import CaptureError, UnsupportedModelError
+from vitviz.models.hooks import ModelCapture, hooked
 from vitviz.models.prepared import prepared
 from vitviz.models.structure import blocks_of, input_channels, on_meta
 
@@ -235,11 +234,9 @@ def _output_shapes(
             shapes[name] = tuple(tensor.shape)
 
     state, image = on_meta(module, (input_channels(module), *input_size))
-    with ExitStack() as stack:
-        stack.enter_context(prepared(module))
-        for name in names:
-            hook = partial(note, name)
-            stack.callback(module.get_submodule(name).register_forward_hook(hook).remove)
+    parts = ((name, module.get_submodule(name)) for name in names)
+    hooks = (part.register_forward_hook(partial(note, name)) for name, part in parts)
+    with prepared(module), hooked(hooks):
         try:
             with torch.no_grad():
                 torch.func.functional_call(module, state, (image,))
@@ -275,51 +272,21 @@ def _like_image(grid: Sequence[int], input_size: tuple[int, int]) -> bool:
     )
 
 
-class StageCapture:
-    """Keeps the output of each stage of every forward pass made inside ``with``.
-
-    It leaves the model as ``AttentionCapture`` does, and what the model computes as it is.
-    """
+class StageCapture(ModelCapture):
+    """Keeps the output of each stage; what the model computes stays as it is."""
 
     def __init__(self, module: nn.Module, layout: StageLayout) -> None:
         """Prepare the capture of a module's stages."""
-        self._module = module
+        super().__init__(module)
         self._layout = layout
-        self._of_thread = threading.local()
-        self._stack = ExitStack()
 
-    def __enter__(self) -> StageCapture:
-        """Start recording."""
-        with ExitStack() as stack:
-            stack.enter_context(prepared(self._module))
-            for index, stage in enumerate(self._layout.stages):
-                part = self._module.get_submodule(stage.module)
-                hook = partial(self._leave_stage, index)
-                stack.callback(part.register_forward_hook(hook).remove)
-            stack.enter_context(self.recording())
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop recording and leave the model as it was."""
-        self._stack.close()
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record what this thread runs; threads do not see each other's records."""
-        if hasattr(self._of_thread, "tokens"):
-            yield
-            return
+    def _begin(self) -> None:
         self._of_thread.tokens = {}
-        try:
-            yield
-        finally:
-            vars(self._of_thread).clear()
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        for index, stage in enumerate(self._layout.stages):
+            part = self._module.get_submodule(stage.module)
+            yield part.register_forward_hook(partial(self._leave_stage, index))
 
     def take(self, expected: int | None = None) -> list[Any]:
         """Return no attention: none is recorded."""
@@ -345,7 +312,7 @@ class StageCapture:
         return [tokens[index] for index in range(self._layout.blocks)]
 
     def _leave_stage(self, index: int, part: nn.Module, inputs: object, output: Any) -> Any:
-        if not hasattr(self._of_thread, "tokens"):
+        if not self._is_recording:
             return None
         given = output[0] if isinstance(output, tuple) else output
         stage = self._layout.stages[index]

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vitviz.errors import UnsupportedModelError
 from vitviz.models.attention import Attention
 from vitviz.models.capture import AttentionCapture
+from vitviz.models.hooks import hooked
 from vitviz.models.structure import (
     INSTEAD,
     blocks_of,
@@ -226,17 +228,13 @@ class _Running:
 
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
-        handles = []
-        for index, block in enumerate(blocks_of(module)):
-            handles += [
-                block.register_forward_pre_hook(partial(self._enter, index)),
-                block.register_forward_hook(self._leave),
-            ]
-        try:
+        with hooked(self._hooks(module)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def _hooks(self, module: nn.Module) -> Iterator[RemovableHandle]:
+        for index, block in enumerate(blocks_of(module)):
+            yield block.register_forward_pre_hook(partial(self._enter, index))
+            yield block.register_forward_hook(self._leave)
 
     def _enter(self, index: int, block: nn.Module, inputs: tuple[Any, ...]) -> None:
         first = inputs[0] if inputs else None
