@@ -70,7 +70,7 @@ class Report:
         block: The place in the run of its first image.
         results: What became of some of its images, by their places in the run.
         warnings: What the user should know.
-        tally: What may mislead in all of them; comes last, when all is written.
+        tally: What may mislead in the whole block; comes with its last images, when all is written.
         error: Why no actor can go on.
     """
 
@@ -142,12 +142,14 @@ def _explained(order: Order, columns: dict[str, list[Any]]) -> Iterator[Report]:
     # Ray goes on with a block that is repeated at the report where it broke off: the same images
     # must be in the same report each time, however long they take.
     size = math.ceil(len(sources) / _REPORTS)
-    while some := tuple(islice(placed, size)):
-        yield Report(block=columns["place"][0], results=some, warnings=tuple(heard))
+    for left in range(len(sources), 0, -size):
+        is_last = left <= size
+        some = tuple(islice(placed, None if is_last else size))
+        if is_last and table:
+            table.close()
+        known = tally if is_last else None
+        yield Report(block=columns["place"][0], results=some, warnings=tuple(heard), tally=known)
         heard.clear()
-    if table:
-        table.close()
-    yield Report(block=columns["place"][0], tally=tally)
 
 
 def _source(path: bytes, key: bytes, origin: bytes | None) -> Source:
