@@ -21,11 +21,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fixtures_io import ROOT, Shell, run_process, save_pictures
-from vitviz.errors import OutputError
+from vitviz.errors import ImageError, OutputError
 from vitviz.images.fitting import Region
+from vitviz.images.sources import Source
 from vitviz.report import sink as sinks
+from vitviz.report.failures import Failure, put_failures, read_failures
 from vitviz.report.files import is_own, put_picture
 from vitviz.report.maps import read_map
+from vitviz.report.sink import Sink
+from vitviz.runs.provenance import source_id
+from vitviz.runs.records import Result, failure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,6 +140,26 @@ def test_failures_are_listed_until_they_are_mended(shell: Shell, tiny: list[str]
     save_pictures(Path(), ["b.png"])
     shell("rollout", "b.png", *tiny, "--report")
     assert index()["failures"] == []
+
+
+def test_failures_of_runs_that_share_a_folder_are_all_kept(tmp_path: Path) -> None:
+    for name in ("kept.png", "mended.png"):
+        put_failures(tmp_path, [*read_failures(tmp_path), _failed(name)])
+    one, other = Sink(tmp_path, "rollout"), Sink(tmp_path, "rollout")
+    for sink, name in ((one, "a.png"), (other, "b.png")):
+        list(sink.watch([failure(_source(name), ImageError("bad"))]))
+    list(one.watch([Result(source=_source("mended.png"), status="written")]))
+    one.finish()
+    other.finish()
+    assert {each.source for each in read_failures(tmp_path)} == {"kept.png", "a.png", "b.png"}
+
+
+def _failed(name: str) -> Failure:
+    return Failure(source=name, source_id=source_id(name), method="rollout", error="bad")
+
+
+def _source(name: str) -> Source:
+    return Source(path=Path(name), key=name)
 
 
 # vitviz report FOLDER

@@ -33,7 +33,9 @@ class Sink:
         prepare(folder)
         self._folder = folder
         self._method = method
-        self._failures = {each.key: each for each in read_failures(folder)}
+        self._to_mend = {each.key for each in read_failures(folder)}
+        self._mended: set[tuple[str, str]] = set()
+        self._failures: dict[tuple[str, str], Failure] = {}
 
     def keep(self, writer: Writer, sample: ImageSample, maps: Sequence[Explanation]) -> None:
         """Keep an image whose files are written; in whatever thread.
@@ -49,7 +51,6 @@ class Sink:
         """Pass results on, and keep in mind what failed."""
         for result in results:
             identity = source_id(result.source.name)
-            self._failures.pop((identity, self._method), None)
             if result.error is not None:
                 failure = Failure(
                     source=result.source.name,
@@ -58,6 +59,8 @@ class Sink:
                     error=result.error,
                 )
                 self._failures[failure.key] = failure
+            elif (identity, self._method) in self._to_mend:
+                self._mended.add((identity, self._method))
             yield result
 
     def finish(self) -> Path:
@@ -68,7 +71,10 @@ class Sink:
         """
         from vitviz.report.page import write_page  # which loads Jinja
 
-        put_failures(self._folder, self._failures.values())
+        # Read again: runs that share the folder, as shards do, have added theirs meanwhile.
+        known = {each.key: each for each in read_failures(self._folder)} | self._failures
+        left = [failure for key, failure in known.items() if key not in self._mended]
+        put_failures(self._folder, left)
         return write_page(self._folder)
 
 
