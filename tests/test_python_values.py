@@ -141,3 +141,10 @@ def test_numbers_of_other_kinds_are_taken_by_evaluate() -> None:
         resamples=5.0,  # type: ignore[arg-type]
     )
     assert found.images == 2
+
+
+@pytest.mark.parametrize("methods", [3, [3], ["rollout", None]])
+def test_methods_are_named(methods: Any) -> None:
+    for function in (vitviz.compare, vitviz.evaluate):
+        with pytest.raises(OptionError, match="methods is .*give the name of a method"):
+            function(tiny_model(), picture(64, 64), methods=methods)

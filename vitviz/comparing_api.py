@@ -11,7 +11,15 @@ from vitviz.explaining.comparing import Sheet, compared
 from vitviz.methods.comparison import DEFAULT_COLUMNS, Comparison
 from vitviz.models.model import Model
 from vitviz.options import Fit, PictureOptions
-from vitviz.python_values import Classes, Images, Values, Versus, class_words, one_class
+from vitviz.python_values import (
+    Classes,
+    Images,
+    Values,
+    Versus,
+    class_words,
+    method_names,
+    one_class,
+)
 from vitviz.python_words import in_python_words
 
 __all__ = ["compare"]
@@ -52,9 +60,7 @@ def compare(
         VitvizError: An option or an image is not usable.
     """
     comparison = Comparison.of(
-        (methods,) if isinstance(methods, str) else methods,
-        class_words(classes),
-        one_class("versus", versus),
+        method_names(methods), class_words(classes), one_class("versus", versus)
     )
     found = explain(
         *(model, images, comparison),

@@ -31,6 +31,7 @@ __all__ = [
     "class_words",
     "evaluation_options",
     "images_in",
+    "method_names",
     "one_class",
     "option_value",
     "require_inputs",
@@ -96,8 +97,20 @@ def one_class(name: str, value: Any) -> str | None:
     return words[0]
 
 
+def method_names(value: Any) -> tuple[str, ...]:
+    """Write names of methods as they are typed: one, or several.
+
+    Raises:
+        OptionError: One is no text.
+    """
+    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if not all(isinstance(each, str) for each in names):
+        raise OptionError(f"methods is {value!r}; give the name of a method, or several")
+    return names
+
+
 def evaluation_options(
-    methods: Iterable[str],
+    methods: Any,
     target: Any,
     versus: Any,
     convention: Convention,
@@ -113,7 +126,7 @@ def evaluation_options(
         OptionError: Something is no option.
     """
     return EvaluationOptions(
-        methods=(methods,) if isinstance(methods, str) else tuple(methods),
+        methods=method_names(methods),
         target=class_words(target)[0],
         versus=one_class("versus", versus),
         convention=convention,
