@@ -366,7 +366,7 @@ def peer(setting: Setting) -> Report:
     module, images = build(), images_for(BATCH)
     model = vitviz.load_model(module)
     times = alternate(
-        setting.rounds(9),
+        setting.rounds(5),
         plain=lambda: forward(module, images),
         grad_cam=lambda: grad_cam(input_tensor=images, targets=None),
         vitviz=lambda: explain_batch(model, images, _GRADIENT),
