@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.markup import render
+from typer.main import get_command
 
 from fixtures_io import Run, run_process
+from vitviz.cli.app import build_app
 from vitviz.methods.table import METHODS
 
 GROUPS = ["What to explain", "The model", "Pictures and output", "Running", "Scripting"]
@@ -38,6 +42,17 @@ def test_help_shows_options_in_named_groups_with_examples_and_no_noise(command: 
     assert text.count(f"vitviz {command} ") >= 3  # its usage and two examples
     assert not re.search(r"<\w+(\[\w+\])?>|default: \(|Optional", text)
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_no_word_of_help_is_taken_for_markup() -> None:
+    commands = get_command(build_app()).commands.values()  # type: ignore[attr-defined]
+    texts = [text for each in commands for text in (each.help, *help_of_options(each)) if text]
+    assert len(texts) > 100
+    assert [text for text in texts if render(text).plain != text] == []
+
+
+def help_of_options(command: Any) -> list[str | None]:
+    return [getattr(each, "help", None) for each in command.params]
 
 
 def test_help_begins_with_what_is_used_most() -> None:

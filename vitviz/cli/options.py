@@ -126,7 +126,7 @@ class SharedOptions:
         list[str],
         _own(
             metavar="PROMPT",
-            help="A prompt, a class of a CLIP or SigLIP tower; repeatable. Needs vitviz[text].",
+            help="A prompt, a class of a CLIP or SigLIP tower; repeatable. Needs the text extra.",
         ),
     ] = ()  # type: ignore[assignment]  # a default must not be mutable
     templates: Annotated[
@@ -195,7 +195,7 @@ class WritingRun(SharedOptions):
             PICTURES,
             metavar="DIR.parquet",
             help="Write a table with a row for each map into this folder of Parquet files. Needs "
-            "vitviz[parquet].",
+            "the parquet extra.",
             show_default=False,
         ),
     ] = None
@@ -255,7 +255,7 @@ class WritingRun(SharedOptions):
         declare(
             RUNNING,
             metavar="local|ray",
-            help="What runs it: this process, or the actors of a cluster. Needs vitviz[ray].",
+            help="What runs it: this process, or the actors of a cluster. Needs the ray extra.",
         ),
     ] = Engine.LOCAL
     ray_address: Annotated[
