@@ -140,7 +140,8 @@ def _report(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="The folder that maps were written to, or a table of --records."
+            metavar="FOLDER",
+            help="Folder that maps were written to, or a table written by --records.",
         ),
     ] = Path("vitviz-out"),
     opened: Annotated[bool, typer.Option("--open", help="Open it.")] = False,
@@ -171,7 +172,7 @@ def _top(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and leave."
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
 ) -> None:
@@ -184,7 +185,7 @@ def _inspect(
     ] = "deit_tiny",
     img_size: ImgSizeOption = None,
     full: Annotated[bool, typer.Option("--full", help="Print the raw module tree.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
 ) -> None:
     """Show what a model is made of, and what vitviz can do with it. Downloads no weights."""
     require_known(model)
@@ -215,14 +216,16 @@ def _models(
         str,
         typer.Argument(
             metavar="PATTERN",
-            help="A word, or a pattern with * and ?.",
+            help="Part of a name, or a pattern with * and ?.",
             autocompletion=complete_models,
         ),
     ] = "*",
     supported: Annotated[
-        bool, typer.Option("--supported", help="Only those that vitviz can explain.")
+        bool, typer.Option("--supported", help="List only models that vitviz can explain.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line.")
+    ] = False,
 ) -> None:
     """List timm's models, with what vitviz can do with each."""
     with importing():

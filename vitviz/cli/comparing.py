@@ -51,8 +51,8 @@ class CompareRun(RunOptions):
         declare(
             EXPLAIN,
             metavar="C",
-            help="Explain how much more than this class it scores: an index, a label, or topK, the "
-            "K-th best alone.",
+            help="Explain the difference to this class's logit instead: an index, a label, or "
+            "topK, the K-th best alone.",
         ),
     ] = None
     save: list[Saved] = (Saved.PANEL,)  # type: ignore[assignment]  # the sheet alone

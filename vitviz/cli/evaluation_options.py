@@ -20,10 +20,14 @@ class EvaluationRun(SharedOptions):
     """The options of ``evaluate``."""
 
     as_json: Annotated[
-        bool, declare(SCRIPTING, "--json", help="One JSON document on stdout instead of tables.")
+        bool,
+        declare(SCRIPTING, "--json", help="Print one JSON document to stdout instead of tables."),
     ] = False
     nul: Annotated[
-        bool, declare(SCRIPTING, "-0", "--null", help="NUL instead of newlines on stdin.")
+        bool,
+        declare(
+            SCRIPTING, "-0", "--null", help="Separate paths by NUL instead of newlines, on stdin."
+        ),
     ] = False
     methods: Annotated[
         list[str],
@@ -43,8 +47,8 @@ class EvaluationRun(SharedOptions):
             EXPLAIN,
             "--class",
             metavar="C",
-            help="Which class maps explain: top1, an index, a label, truth, or mask for each that "
-            "an image's mask names (its values are class indices + 1).",
+            help="Class to explain: top1, an index, a label, truth, or mask: each class in the "
+            "image's mask (its values are class indices + 1).",
         ),
     ] = ("top1",)  # type: ignore[assignment]  # a default must not be mutable
     versus: Annotated[
@@ -52,8 +56,8 @@ class EvaluationRun(SharedOptions):
         declare(
             EXPLAIN,
             metavar="C",
-            help="Measure on how much more than this class it scores: an index, a label, or topK, "
-            "the K-th best alone.",
+            help="Measure on the difference to this class's logit instead: an index, a label, or "
+            "topK, the K-th best alone.",
             show_default=False,
         ),
     ] = None
@@ -62,7 +66,8 @@ class EvaluationRun(SharedOptions):
         declare(
             EXPLAIN,
             metavar="DIR",
-            help="Folder of PNG masks named like the images, 0 for background: adds localisation.",
+            help="Folder of PNG masks named like the images, 0 for background; adds localisation "
+            "metrics.",
             show_default=False,
         ),
     ] = None
@@ -71,7 +76,7 @@ class EvaluationRun(SharedOptions):
         declare(
             EXPLAIN,
             metavar="FILE",
-            help="True classes: a line for each image, its name and its class.",
+            help="File of true classes: one line per image, its name and its class.",
             show_default=False,
         ),
     ] = None
@@ -80,16 +85,18 @@ class EvaluationRun(SharedOptions):
         declare(
             EXPLAIN,
             metavar="vitviz|chefer2021|srg",
-            help="What is taken away, and how it is summed up.",
+            help="Which pixels are removed, and how the curves are summed up.",
         ),
     ] = Convention.VITVIZ
     explain: Annotated[
         bool,
-        declare(OUTPUT, "--explain", help="Say below the tables what each number means."),
+        declare(OUTPUT, "--explain", help="Explain below the tables what each number means."),
     ] = False
     csv: Annotated[
         Path | None,
-        declare(OUTPUT, metavar="FILE", help="Write each map's numbers.", show_default=False),
+        declare(
+            OUTPUT, metavar="FILE", help="Write the numbers of each map as CSV.", show_default=False
+        ),
     ] = None
     plot: Annotated[
         Path | None,

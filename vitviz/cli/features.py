@@ -48,7 +48,7 @@ class SimilarityRun(RunOptions):
         list[str],
         typer.Argument(
             metavar="IMAGE",
-            help="The image that the patch is of; any further ones are as after --to.",
+            help="The image that has the patch; further ones are as after --to.",
             show_default=False,
         ),
     ]
@@ -58,8 +58,8 @@ class SimilarityRun(RunOptions):
             EXPLAIN,
             "--to",
             metavar="SOURCE",
-            help="Other images to look for it in: images, folders (recursive) or quoted globs; "
-            "repeatable.",
+            help="Other images to compare with the patch: images, folders (recursive) or quoted "
+            "globs; repeatable.",
             show_default=False,
         ),
     ] = ()  # type: ignore[assignment]  # a default must not be mutable

@@ -74,20 +74,20 @@ class SharedOptions:
     ] = None
     labels: Annotated[
         Path | None,
-        _own(metavar="FILE", help="Class names: one a line, a JSON list, or {index: name}."),
+        _own(metavar="FILE", help="Class names: one per line, a JSON list, or {index: name}."),
     ] = None
     img_size: ImgSizeOption = None
     mean: Annotated[
         str | None,
         _own(
             metavar="R,G,B",
-            help="Subtracted from pixels in [0, 1], instead of the model's own; one number for all "
-            "channels, or one each.",
+            help="Mean to subtract from pixels in [0, 1], in place of the model's own: one number, "
+            "or one per channel.",
         ),
     ] = None
     std: Annotated[
         str | None,
-        _own(metavar="R,G,B", help="Divided by after that, likewise."),
+        _own(metavar="R,G,B", help="Standard deviation to divide by, in place of the model's own."),
     ] = None
     fit: Annotated[
         Fit,
@@ -101,32 +101,33 @@ class SharedOptions:
         str | None,
         _own(
             metavar="LOW:HIGH",
-            help="Pixel values that become black and white, as 0:4095, or percentiles of each "
-            "image, as 1%:99%; by default 0 and the largest integer of their type, 0 and 1 for "
-            "floats.",
+            help="Pixel values that become black and white, such as 0:4095, or percentiles of each "
+            "image, such as 1%:99%. Default: 0 and the largest value of the integer type; 0 and 1 "
+            "for floats.",
         ),
     ] = None
     adapter: Annotated[
         Path | None,
         _own(
             metavar="DIR",
-            help="A LoRA adapter of PEFT, merged into the weights; without -m, of the model that "
-            "it names.",
+            help="A LoRA adapter (PEFT) to merge into the weights; without -m, the model is the "
+            "one that it names.",
         ),
     ] = None
     text_embeddings: Annotated[
         Path | None,
         _own(
             metavar="FILE",
-            help="Names and vectors of prompts (.safetensors, .npz): the classes of a CLIP or "
-            "SigLIP tower.",
+            help="Names and embeddings of prompts (.safetensors, .npz) to use as classes, for CLIP "
+            "and SigLIP models.",
         ),
     ] = None
     text: Annotated[
         list[str],
         _own(
             metavar="PROMPT",
-            help="A prompt, a class of a CLIP or SigLIP tower; repeatable. Needs the text extra.",
+            help="A prompt to use as a class, for CLIP and SigLIP models; repeatable. Needs the "
+            "text extra.",
         ),
     ] = ()  # type: ignore[assignment]  # a default must not be mutable
     templates: Annotated[
@@ -134,7 +135,8 @@ class SharedOptions:
         _own(
             "--template",
             metavar="TEXT",
-            help="What prompts are put into, as 'a photo of a {}.'; repeatable, averaged.",
+            help="Template that prompts are put into, such as 'a photo of a {}.'; repeatable "
+            "(embeddings are averaged).",
         ),
     ] = ()  # type: ignore[assignment]  # a default must not be mutable
     device: Annotated[
@@ -151,7 +153,7 @@ class SharedOptions:
         declare(
             RUNNING,
             metavar="fp32|bf16|fp16",
-            help="Compute precision; bf16 and fp16 are meant for GPUs.",
+            help="Precision of the computation; bf16 and fp16 are meant for GPUs.",
         ),
     ] = Precision.FP32
     batch_size: Annotated[
@@ -161,14 +163,19 @@ class SharedOptions:
         str, declare(RUNNING, metavar="auto|N", help="Threads that read and write images.")
     ] = "auto"
     as_json: Annotated[
-        bool, declare(SCRIPTING, "--json", help="One JSON record an image on stdout.")
+        bool, declare(SCRIPTING, "--json", help="Print one JSON record per image to stdout.")
     ] = False
     nul: Annotated[
         bool,
-        declare(SCRIPTING, "-0", "--null", help="NUL instead of newlines on stdin and stdout."),
+        declare(
+            SCRIPTING,
+            "-0",
+            "--null",
+            help="Separate paths by NUL instead of newlines, on stdin and stdout.",
+        ),
     ] = False
     quiet: Annotated[
-        bool, declare(SCRIPTING, "-q", "--quiet", help="Say nothing but results and failures.")
+        bool, declare(SCRIPTING, "-q", "--quiet", help="Print only results and failures.")
     ] = False
 
 
@@ -194,7 +201,7 @@ class WritingRun(SharedOptions):
         declare(
             PICTURES,
             metavar="DIR.parquet",
-            help="Write a table with a row for each map into this folder of Parquet files. Needs "
+            help="Write a table with a row per map into this folder of Parquet files. Needs "
             "the parquet extra.",
             show_default=False,
         ),
@@ -204,7 +211,7 @@ class WritingRun(SharedOptions):
         declare(
             PICTURES,
             metavar="png|jpeg|webp|gif",
-            help="How pictures are stored; gray is always PNG, animations are GIF or WebP.",
+            help="File format of pictures; gray is always PNG, animations are GIF or WebP.",
         ),
     ] = PictureFormat.PNG
     alpha: Annotated[
@@ -216,27 +223,27 @@ class WritingRun(SharedOptions):
     ] = 1024
     show: Annotated[
         bool,
-        declare(PICTURES, "--show", help="Show the pictures on the terminal, too."),
+        declare(PICTURES, "--show", help="Also show the pictures in the terminal."),
     ] = False
     report: Annotated[
         bool,
         declare(
             PICTURES,
             "--report",
-            help="Write report.html beside the maps, a page to look at all of them in a browser.",
+            help="Write report.html beside the maps, a page to browse all of them.",
         ),
     ] = False
     open: Annotated[
         bool,
-        declare(PICTURES, "--open", help="Open the report, or else the folder, when all is done."),
+        declare(PICTURES, "--open", help="Open the report, or else the output folder, when done."),
     ] = False
     skip_existing: Annotated[
         bool,
         declare(
             RUNNING,
             "--skip-existing",
-            help="Leave out images whose maps (with --records: rows) are there, made from the "
-            "same bytes with the same model, weights and options.",
+            help="Skip images whose maps (with --records: rows) exist already, made from the same "
+            "bytes with the same model, weights and options.",
         ),
     ] = False
     shard: Annotated[
@@ -244,9 +251,9 @@ class WritingRun(SharedOptions):
         declare(
             RUNNING,
             metavar="I/N|auto",
-            help="Explain only part I of N, counted from 1: every image is in one part, by its "
-            "key. auto: by the variables of Slurm, torchrun, Kubernetes (auto/N) or GNU parallel "
-            "(auto/N).",
+            help="Explain only part I of N, counted from 1; each image is in exactly one part. "
+            "auto: take I and N from the variables of Slurm or torchrun; auto/N: I from those of "
+            "Kubernetes or GNU parallel.",
             show_default=False,
         ),
     ] = None
@@ -255,7 +262,7 @@ class WritingRun(SharedOptions):
         declare(
             RUNNING,
             metavar="local|ray",
-            help="What runs it: this process, or the actors of a cluster. Needs the ray extra.",
+            help="Run in this process, or on actors of a Ray cluster. Needs the ray extra.",
         ),
     ] = Engine.LOCAL
     ray_address: Annotated[
@@ -263,7 +270,7 @@ class WritingRun(SharedOptions):
         declare(
             RUNNING,
             metavar="auto|HOST:PORT",
-            help="The cluster of Ray to join; by default one is started on this machine.",
+            help="Ray cluster to join. Default: start one on this machine.",
             show_default=False,
         ),
     ] = None
@@ -272,7 +279,7 @@ class WritingRun(SharedOptions):
         declare(
             RUNNING,
             metavar="auto|N",
-            help="Processes of the cluster that hold the model; by default one a GPU, or one for "
+            help="Number of Ray processes that hold the model. Default: one per GPU, or one for "
             "every 4 cores.",
         ),
     ] = "auto"
@@ -297,8 +304,8 @@ class RunOptions(WritingRun):
         declare(
             PICTURES,
             metavar="image|LOW:HIGH",
-            help="What is drawn coldest and hottest: the least and the most of each image, or the "
-            "same numbers for all, in the unit that colour bars name, as 0:10.",
+            help="Range of the colours: the minimum and maximum of each map, or the same numbers "
+            "for all, such as 0:10, in the unit shown on colour bars.",
         ),
     ] = "image"
     outliers: Annotated[
@@ -306,7 +313,7 @@ class RunOptions(WritingRun):
         declare(
             PICTURES,
             metavar="mark|mute|show",
-            help="Frame patches whose tokens are of outlying norm, leave them out of the range of "
-            "the colours (a frame where they are beyond), or draw them like all others.",
+            help="Patches whose tokens have an outlying norm: frame them, leave them out of the "
+            "range of the colours (framed where they exceed it), or draw them like all others.",
         ),
     ] = Outliers.MUTE

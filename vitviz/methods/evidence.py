@@ -48,8 +48,8 @@ class Evidence(ClassMethod):
 
     residual: ResidualRule = option(
         ResidualRule.BALANCED,
-        "Balance evidence that cancels in residual connections, for sharper outlines, or pass it "
-        "as it is.",
+        "Balance evidence that cancels out in residual connections, for sharper outlines, or pass "
+        "it on unchanged.",
         doc="How evidence passes residual connections: ``balanced`` or ``plain``; see "
         "``residuals``.",
     )

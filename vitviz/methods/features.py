@@ -123,7 +123,7 @@ class Similarity(_OfBlock):
 
     name: ClassVar[str] = "similarity"
     unit: ClassVar[Unit] = Unit.COSINE
-    help: ClassVar[str] = "Draw how like one patch of an image the patches of images are."
+    help: ClassVar[str] = "Draw how similar the patches of images are to one chosen patch."
 
     patch: tuple[int, int] | None = option(
         None,

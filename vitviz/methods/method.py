@@ -294,8 +294,8 @@ class ClassMethod(Method):
     )
     versus: str | None = option(
         None,
-        "Explain how much more than this class it scores: an index, a label, or topK, the K-th "
-        "best alone.",
+        "Explain the difference to this class's logit instead: an index, a label, or topK, the "
+        "K-th best alone.",
         doc="A class; maps are of the difference of the two logits. An index, a label, or "
         '``"topK"``, the K-th best alone.',
         metavar="C",

@@ -166,7 +166,7 @@ class Rollout(_RolledOut):
 
     head_fusion: HeadFusion = option(
         HeadFusion.MAX,
-        "How the heads of a block become one map.",
+        "How to fuse the heads of a block into one map.",
         doc="How heads become one map: ``mean``, ``max`` or ``min``.",
     )
 

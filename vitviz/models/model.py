@@ -173,7 +173,7 @@ def load_model(
         fit: ``native`` builds the model so that it takes images of any aspect ratio.
         img_size: Side or (height, width) to build the model for, instead of its own.
         mean: Subtracted from pixels in [0, 1], one number or one a channel, instead of its own.
-        std: Divided by after that, likewise.
+        std: Standard deviation to divide by, in place of the model's own.
         precision: ``fp32``, ``bf16`` or ``fp16``; None: as the weights are.
         adapter: A LoRA adapter of PEFT, its folder or file, to merge into the weights.
         text_embeddings: Names and vectors of prompts, the classes of a CLIP or SigLIP tower.
