@@ -19,8 +19,10 @@ from vitviz.explaining.batch import explain_batch
 from vitviz.explaining.explanation import Explanation
 from vitviz.methods.rollout import GradRollout, Rollout, Sweep
 from vitviz.options import OutputKind
+from vitviz.report.collecting import find_images
 from vitviz.runs.provenance import is_whole, read_provenance
 
+OUT = Path("vitviz-out")
 DISCARDS = [tenth / 10 for tenth in range(10)]
 SWEPT = (
     next(each for each in ROLLOUTS if each.discard == 0.9),
@@ -218,3 +220,17 @@ def test_what_cannot_be_animated_is_refused(
     done = shell("rollout", "a.png", *options, *tiny)
     assert done.code == 2
     assert words in done.err
+
+
+def test_animation_has_a_place_of_its_own_in_a_report(shell: Shell, tiny: list[str]) -> None:
+    save_pictures(Path(), ["a.png"])
+    kinds = ["--save", "overlay", "--save", "npy"]
+    assert shell("rollout", "a.png", *tiny, "--animate", "discard", *kinds, "--report").code == 0
+    assert shell("rollout", "a.png", *tiny, *kinds, "--report").code == 0
+    (image,), failures = find_images(OUT, None)
+    assert not failures
+    maps = {str(each.provenance.recipe["options"].get("animate")): each for each in image.maps}
+    assert sorted(maps) == ["None", "discard"]
+    assert maps["None"].stored is not None
+    assert maps["discard"].stored is None
+    assert maps["discard"].picture == OUT / "a.png.rollout.discard.gif"

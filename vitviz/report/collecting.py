@@ -28,7 +28,7 @@ from vitviz.runs.provenance import Provenance, is_whole, read_provenance
 
 __all__ = ["FoundImage", "FoundMap", "address", "find_images"]
 
-_SUFFIXES = (".png", ".npy", ".jpg", ".webp")
+_SUFFIXES = (".png", ".npy", ".jpg", ".webp", ".gif")
 _ANY_FILTER = Image.Resampling.NEAREST  # where what the model sees is of no use
 _PICTURES = ("overlay", "heatmap", "panel", "gray")  # what stands for a map, best first
 
@@ -239,7 +239,8 @@ def _with_numbers(folder: Path, found: FoundMap, sample: ImageSample | None) -> 
     """Keep the numbers of a file or a row for the page, as a run with a report does."""
     provenance, row = found.provenance, found.row
     method = METHODS.get(str(provenance.recipe.get("method")))
-    if method is None:  # features: they have no colours of their own
+    # Features have no colours of their own, and an animation shows itself.
+    if method is None or provenance.recipe["options"].get("animate"):
         return None
     if row is not None:
         sample = replace(sample or _unseen(row), region=row.region)
@@ -287,7 +288,7 @@ def _take_a_map(folder: Path, image: FoundImage) -> None:
     if shown is None:
         return
     try:
-        with Image.open(shown, formats=["PNG", "JPEG", "WEBP"]) as opened:
+        with Image.open(shown, formats=["PNG", "JPEG", "WEBP", "GIF"]) as opened:
             pixels = np.asarray(opened.convert("RGB"))
     except (OSError, ValueError):
         return

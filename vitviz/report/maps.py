@@ -87,9 +87,14 @@ class StoredMap:
 
 
 def map_id(provenance: Provenance) -> str:
-    """Return what names the map of a file: one for an image, method and class request."""
+    """Return what names the map of a file: one for an image, method and class request.
+
+    An animation is another map than the still one.
+    """
     recipe = provenance.recipe
-    parts = (provenance.source_id, recipe.get("method"), recipe.get("class"))
+    parts = [provenance.source_id, recipe.get("method"), recipe.get("class")]
+    if animation := recipe.get("options", {}).get("animate"):
+        parts.append(animation)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
