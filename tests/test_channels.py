@@ -11,6 +11,7 @@ from torch import nn
 import vitviz
 from tiny import CASES
 from vitviz.errors import UnsupportedModelError
+from vitviz.inspection.describe import describe
 from vitviz.models.model import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,6 +30,12 @@ def _model(channels: int) -> nn.Module:
 def _image() -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def test_one_channel_is_inspected() -> None:
+    summary = describe(_model(1), "grey")
+    assert summary.error is None
+    assert summary.input_shape[0] == 1
 
 
 @pytest.mark.parametrize("method", [vitviz.rollout, vitviz.grad_rollout, vitviz.relevance])

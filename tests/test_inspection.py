@@ -29,8 +29,7 @@ def deit() -> ModelSummary:
 
 def described(case_name: str) -> ModelSummary:
     case = next(case for case in CASES if case.name == case_name)
-    size = (8 * case.grid[0], 8 * case.grid[1])
-    return describe(case.build(), case.name, input_size=size)
+    return describe(case.build(), case.name)
 
 
 def shown(summary: ModelSummary, width: int = 80) -> list[str]:
@@ -284,7 +283,7 @@ def test_model_that_does_not_run_still_has_its_parameters() -> None:
 def test_inspecting_leaves_the_model_as_it_was() -> None:
     module = CASES[0].build().train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    describe(module, "tiny", input_size=(32, 32))
+    describe(module, "tiny")
     assert all(part.training for part in module.modules())
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     assert all(torch.equal(before[name], one) for name, one in module.state_dict().items())

@@ -16,25 +16,22 @@ from vitviz.inspection.trace import trace_model
 from vitviz.inspection.traced import TracedModel
 from vitviz.models.catalogue import support_of
 from vitviz.models.preprocessing import preprocessing_of
-from vitviz.models.structure import pretrained_config
+from vitviz.models.structure import input_channels, pretrained_config
 
 __all__ = ["describe"]
 
 
-def describe(
-    module: nn.Module, name: str, *, input_size: tuple[int, int] | None = None
-) -> ModelSummary:
+def describe(module: nn.Module, name: str) -> ModelSummary:
     """Measure a model and its parts on the meta device.
 
     Args:
         module: The model, with or without weights (``building.build_skeleton``); left as it was.
         name: What to call it.
-        input_size: (height, width) of the image, if not the one it was built for.
 
     Returns:
         Its summary. A model of any kind gets one, with what can be told about it.
     """
-    channels, height, width = _input_shape(module, input_size)
+    channels, height, width = _input_shape(module)
     trace = trace_model(module, (channels, height, width))
     traced = TracedModel(module, trace)
     support = support_of(module, (height, width))
@@ -61,11 +58,9 @@ def describe(
     )
 
 
-def _input_shape(module: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, int, int]:
-    channels = int((pretrained_config(module).get("input_size") or (3,))[0])
-    # A model may be built for another size than its config says (build_skeleton with img_size).
-    built = getattr(getattr(module, "patch_embed", None), "img_size", None)
-    if isinstance(built, (tuple, list)) and len(built) == 2:
-        input_size = input_size or (int(built[0]), int(built[1]))
-    height, width = input_size or preprocessing_of(module).size
+def _input_shape(module: nn.Module) -> tuple[int, int, int]:
+    channels = input_channels(module)
+    if channels not in (1, 3):  # a stem that rearranges pixels before its first layer
+        channels = int((pretrained_config(module).get("input_size") or (3,))[0])
+    height, width = preprocessing_of(module).size
     return channels, height, width
