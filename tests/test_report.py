@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -149,8 +150,10 @@ def test_failures_of_runs_that_share_a_folder_are_all_kept(tmp_path: Path) -> No
     for sink, name in ((one, "a.png"), (other, "b.png")):
         list(sink.watch([failure(_source(name), ImageError("bad"))]))
     list(one.watch([Result(source=_source("mended.png"), status="written")]))
-    one.finish()
+    at_once = threading.Thread(target=one.finish)
+    at_once.start()
     other.finish()
+    at_once.join()
     assert {each.source for each in read_failures(tmp_path)} == {"kept.png", "a.png", "b.png"}
 
 

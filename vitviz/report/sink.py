@@ -9,10 +9,11 @@ from vitviz.explaining.explanation import Explanation
 from vitviz.images.samples import ImageSample
 from vitviz.options import OutputKind
 from vitviz.report.failures import Failure, put_failures, read_failures
-from vitviz.report.files import prepare, put_picture
+from vitviz.report.files import FILES, prepare, put_picture
 from vitviz.report.maps import is_drawn, map_id, put_map, stored_map
 from vitviz.runs.provenance import source_id
 from vitviz.runs.records import Result, Writer
+from vitviz.runs.writing import alone_in
 
 __all__ = ["Sink"]
 
@@ -72,9 +73,10 @@ class Sink:
         from vitviz.report.page import write_page  # which loads Jinja
 
         # Read again: runs that share the folder, as shards do, have added theirs meanwhile.
-        known = {each.key: each for each in read_failures(self._folder)} | self._failures
-        left = [failure for key, failure in known.items() if key not in self._mended]
-        put_failures(self._folder, left)
+        with alone_in(self._folder / FILES):
+            known = {each.key: each for each in read_failures(self._folder)} | self._failures
+            left = [failure for key, failure in known.items() if key not in self._mended]
+            put_failures(self._folder, left)
         return write_page(self._folder)
 
 

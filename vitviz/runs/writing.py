@@ -22,6 +22,7 @@ except ImportError:  # Windows, where an open file could not be moved to its fin
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "alone_in",
     "fatal_write_error",
     "prepare_folder",
     "require_own",
@@ -92,6 +93,21 @@ def require_own(path: Path, is_own: Callable[[Path], bool]) -> bool:
             f"{path} already exists and was not written by vitviz; choose another name"
         )
     return False
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other run is inside for this folder; where locks do not work, do not wait."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def fatal_write_error(folder: Path, error: OutputError, option: str = "--output") -> str | None:
