@@ -23,7 +23,7 @@ from pyarrow import parquet
 from fixtures_io import ROOT, Run, Shell, save_pictures
 from tests.processes import descendants, is_actor
 from vitviz.cli import explaining
-from vitviz.errors import DeviceError, OptionError
+from vitviz.errors import DeviceError, OptionError, OutputError
 from vitviz.images.remarks import Tally
 from vitviz.images.sources import Source, find_sources
 from vitviz.images.stores import StoredObject
@@ -211,6 +211,20 @@ def test_mistake_in_an_actor_is_told_as_it_is(
         next(results)
 
 
+def test_images_are_told_of_before_a_table_that_cannot_be_written(
+    demo: Model, ray_cluster: _Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(table: object) -> None:
+        raise OutputError("no room")
+
+    monkeypatch.setattr("vitviz.runs.ray_actors.BlockTable.close", close)
+    results = ray_engine.run(demo, _sources(), _job(METHODS["rollout"](), "out"), actors=ACTORS)
+    told = []
+    with pytest.raises(OutputError, match="no room"):
+        told.extend(result.source.key for result in results)
+    assert len(told) == ray_cluster.sizes[0]
+
+
 def test_reports_of_one_block_are_counted_once(
     demo: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +241,7 @@ def test_reports_of_one_block_are_counted_once(
         ([{"CPU": 2}], None, "auto", Actors(count=1, cores=2)),
         ([{"CPU": 16}, {"CPU": 6}, {}], None, "cpu", Actors(count=5, cores=4)),
         ([{"CPU": 4}, {"CPU": 4}], 3, "cpu", Actors(count=3, cores=2)),
+        ([{"CPU": 1}, {"CPU": 64}], None, "cpu", Actors(count=16, cores=4)),
         ([{"CPU": 16, "GPU": 2}, {"CPU": 8}], None, "auto", Actors(count=2, cores=8, on_gpu=True)),
         ([{"CPU": 16, "GPU": 2}], 1, "cpu", Actors(count=1, cores=16)),
     ],

@@ -126,7 +126,7 @@ def shared_out(nodes: Sequence[Mapping[str, float]], count: int | None, device: 
         return Actors(count=actors, cores=max(1, each), on_gpu=True)
     most = _at_most(count, sum(cores), "cores")
     if count is None:
-        each = min(_CORES, *(mine for mine in cores if mine))
+        each = min(_CORES, max(cores))  # one small machine must not make all actors small
         return Actors(count=sum(mine // each for mine in cores), cores=each)
     whole = range(max(cores), 0, -1)
     each = next(size for size in whole if sum(mine // size for mine in cores) >= most)

@@ -13,14 +13,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitviz.errors import ClusterError, VitvizError
+from vitviz.errors import ClusterError, OutputError, VitvizError
 from vitviz.images.remarks import Tally
 from vitviz.images.sources import Source
 from vitviz.models.model import Model
@@ -145,11 +145,19 @@ def _explained(order: Order, columns: dict[str, list[Any]]) -> Iterator[Report]:
     for left in range(len(sources), 0, -size):
         is_last = left <= size
         some = tuple(islice(placed, None if is_last else size))
-        if is_last and table:
-            table.close()
-        known = tally if is_last else None
-        yield Report(block=columns["place"][0], results=some, warnings=tuple(heard), tally=known)
+        report = Report(block=columns["place"][0], results=some, warnings=tuple(heard))
         heard.clear()
+        yield _ended(report, tally, table) if is_last else report
+
+
+def _ended(report: Report, tally: Tally, table: BlockTable | None) -> Report:
+    """Complete the last report of a block, once its rows are written."""
+    try:
+        if table:
+            table.close()
+    except OutputError as error:
+        return replace(report, error=error)
+    return replace(report, tally=tally)
 
 
 def _source(path: bytes, key: bytes, origin: bytes | None) -> Source:

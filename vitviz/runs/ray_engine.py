@@ -45,7 +45,7 @@ def run(
     beside: Beside | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Generator[Result, None, None]:
-    """Explain images on a cluster, yielding one result an image, as they come in.
+    """Explain images on a cluster, yielding one result per image, as they come in.
 
     Args:
         model: The model; each actor has a copy of it.
@@ -113,10 +113,10 @@ class _Driver:
         left = {block[0]: block for block in blocks}
         held: dict[int, list[Result]] = defaultdict(list)
         for report in _reports(self._order, map(self._packed, blocks), len(blocks), ahead):
-            if report.error:
-                raise report.error
             self._say(report.warnings)
             yield from self._new(report.results)
+            if report.error:
+                raise report.error
             if self._table:
                 held[report.block] += (result for _, result in report.results)
             if report.tally and left.pop(report.block, None):
