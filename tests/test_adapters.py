@@ -208,13 +208,17 @@ def changed(old: str, new: str) -> dict[str, Tensor]:
         ({"init_lora_weights": "pissa"}, None, "'pissa', which changes the base"),
         ({"fan_in_fan_out": True}, None, "fan_in_fan_out is True"),
         ({"some_new_thing": [1]}, None, r"some_new_thing is \[1\]"),
+        ({"lora_alpha": None}, None, "no factor"),
+        ({"lora_alpha": "x"}, None, "no factor"),
+        ({"lora_alpha": float("nan")}, None, "the factor nan"),
+        ({"alpha_pattern": {"(": 4}}, None, "no factor"),
         ({}, conv(), "which is no linear layer's"),
         ({}, changed("lora_A", "lora_embedding_A"), "is no plain LoRA on a linear layer"),
         ({}, changed("mlp.fc1", "mlp.fc9"), "the base has no blocks.0.mlp.fc9.weight"),
         ({}, changed("attn.qkv", "attn.proj"), r"changes a \(192, 64\) matrix"),
         ({}, {"base_model.model.head.weight": torch.ones(7, 64)}, "no lora_A and lora_B"),
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_what_is_no_plain_lora_on_linear_layers_is_refused_by_name(
     tmp_path: Path, config: dict[str, Any], tensors: dict[str, Tensor] | None, reason: str

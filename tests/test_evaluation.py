@@ -335,10 +335,13 @@ def test_options_outside_their_range_are_refused(options: dict[str, Any], messag
         ("mask", OptionError, "nothing to go by"),
         ("truth", OptionError, "nothing to go by"),
         ("7", LabelError, "outside"),
+        ("nonsense", LabelError, "^target"),
+        ([3, 5], OptionError, r"target is \[3, 5\]; give one index"),
+        ([], OptionError, "target is"),
     ],
 )
 def test_class_that_cannot_be_explained_is_refused(
-    target: str, error: type[Exception], message: str
+    target: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         vitviz.evaluate(tiny_model(), pictures(1), target=target)
@@ -353,6 +356,11 @@ def test_model_without_a_head_has_no_score_to_measure_by() -> None:
     model = load_model(tiny_module(classes=0), device="cpu")
     with pytest.raises(OptionError, match="no classification head"):
         vitviz.evaluate(model, pictures(1))
+
+
+def test_commas_part_methods() -> None:
+    options = EvaluationOptions(methods=("evidence, rollout@2", "relevance"))
+    assert options.methods == ("evidence", "rollout@2", "relevance")
 
 
 def test_baselines_are_always_there_and_methods_that_suit_by_default() -> None:

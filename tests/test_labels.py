@@ -189,6 +189,11 @@ def test_label_file_that_does_not_fit_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_half_characters_are_escaped(tmp_path: Path) -> None:
+    names = read_labels(write(tmp_path, r'["a\ud83d", "b", "c"]'), 3).names
+    assert names == (r"a\ud83d", "b", "c")
+
+
 def test_missing_label_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="cannot be read"):
         read_labels(tmp_path / "gone", 3)

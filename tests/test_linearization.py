@@ -184,6 +184,15 @@ def test_gate_of_an_activation_is_a_constant(
     torch.testing.assert_close(gradient, gate * _drawn(40))
 
 
+@pytest.mark.parametrize(
+    "activation", [F.gelu, partial(torch.pow, exponent=2)], ids=["gelu", "pow"]
+)
+def test_operand_may_be_given_by_its_name(activation: Callable[..., Tensor]) -> None:
+    found = _gradient(lambda x: activation(input=x), _drawn(40))
+    for one, other in zip(found, _gradient(activation, _drawn(40)), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
 def test_deviation_is_a_constant_and_the_mean_is_not(

@@ -20,6 +20,7 @@ from vitviz.explaining.samples import Explained, Failed, explain_samples
 from vitviz.images.sources import Source
 from vitviz.methods.forward import ForwardPass, Target
 from vitviz.methods.method import Method, TokenMap, option
+from vitviz.methods.relevance import Relevance
 from vitviz.methods.rollout import Rollout
 from vitviz.methods.table import METHODS, named_method, variants
 from vitviz.runs.job import Job
@@ -147,6 +148,27 @@ def test_class_of_each_sample_may_be_given() -> None:
         assert found.maps[0].class_index == class_index
         assert found.maps[0].request == alone.maps[0].request == f"c{class_index}"
         np.testing.assert_allclose(found.maps[0].relevance, alone.maps[0].relevance, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ([0, 5000], r"class_indices has 5000; give indices from 0 to \d+"),
+        ([0, -1], "class_indices has -1"),
+        ([0, 2.7], "class_indices is 2.7; give a whole number"),
+        ([0, "star"], "class_indices is 'star'"),
+        ([0], "end after 1; give as many of both"),
+        ([0, 1, 2], "end after 2; give as many of both"),
+    ],
+)
+def test_odd_classes_of_samples_are_refused(wanted: list[Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        list(explain_samples(tiny_model(), samples(2), Relevance(), class_indices=wanted))
+
+
+def test_batches_hold_an_image() -> None:
+    with pytest.raises(OptionError, match="batch_size is -1; give a number from 1 up"):
+        explain_samples(tiny_model(), samples(2), Rollout(), batch_size=-1)
 
 
 def test_what_a_sink_needs_of_a_model_can_be_pickled(tmp_path: Path) -> None:

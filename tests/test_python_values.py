@@ -143,6 +143,18 @@ def test_numbers_of_other_kinds_are_taken_by_evaluate() -> None:
     assert found.images == 2
 
 
+@pytest.mark.parametrize("place", [3, "3,3", (1,), (1, 2, 3), (1, 99)])
+def test_odd_patches_are_refused(place: Any) -> None:
+    with pytest.raises(OptionError, match="query is|query "):
+        vitviz.attention(tiny_model(), picture(64, 64), query=place)
+    with pytest.raises(OptionError, match="patch is"):
+        vitviz.similarity(tiny_model(), picture(64, 64), place)
+
+
+def test_scale_may_be_an_array() -> None:
+    assert PictureOptions(scale=np.array([0, 10])).scale == PictureOptions(scale="0:10").scale  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("methods", [3, [3], ["rollout", None]])
 def test_methods_are_named(methods: Any) -> None:
     for function in (vitviz.compare, vitviz.evaluate):

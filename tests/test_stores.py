@@ -354,6 +354,14 @@ def _table(path: Path, photos: dict[str, bytes], **columns: Any) -> None:
     parquet.write_table(table, path, row_group_size=5)
 
 
+@pytest.mark.parametrize("keys", [[1, 2], [b"a.png", b"b.png"]], ids=["numbers", "bytes"])
+def test_list_without_text_is_refused(run: Shell, keys: list[Any]) -> None:
+    parquet.write_table(pa.table({"key": keys}), "list.parquet")
+    done = run("rollout", "@list.parquet", "-m", "demo")
+    assert (done.code, done.out) == (1, b"") or done.code == 2
+    assert "in its column key; expected text" in done.err
+
+
 def test_parquet_columns_of_bytes_are_sources(
     run: Shell, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

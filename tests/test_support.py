@@ -39,13 +39,14 @@ def test_model_without_a_head_supports_rollout_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"timm": "9.9"}', '{"timm": "9.9", "models": {"test_vit": {}}}']
+    "content",
+    [b"", b"{", b"[]", b'{"timm": "9.9"}', b'{"timm": "9.9", "models": {"test_vit": {}}}', b"\xff"],
 )
-def test_damaged_answers_are_learned_again(kept: Path, content: str) -> None:
+def test_damaged_answers_are_learned_again(kept: Path, content: bytes) -> None:
     survey(NAME)
     (file,) = kept.iterdir()
     whole = file.read_text()
-    file.write_text(content)
+    file.write_bytes(content)
     assert survey(NAME) == {NAME: judge(NAME)}
     assert file.read_text() == whole
 

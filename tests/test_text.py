@@ -222,8 +222,9 @@ def test_length_of_the_embedding_counts_as_constant_in_linearised_maps(
         ({"a dog": torch.ones(24, dtype=torch.int64)}, "'a dog' is no vector"),
         ({"a dog": torch.ones(24), " a dog": torch.ones(24)}, "two vectors of one name"),
         ({"a dog": torch.ones(24), "logit_scale": torch.ones(2)}, "logit_scale is no number"),
+        ({"a dog": torch.ones(24), "logit_scale": torch.tensor(1000.0)}, r"by exp\(1000\)"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_are_no_embeddings_of_the_tower_is_refused_in_one_line(
     tmp_path: Path, content: dict[str, Tensor], reason: str
@@ -241,8 +242,10 @@ def test_what_are_no_embeddings_of_the_tower_is_refused_in_one_line(
         {"names": np.array(NAMES)},
         {"names": np.array("a dog"), "vectors": np.ones((1, 24))},
         {"names": np.array(NAMES, dtype=object), "vectors": np.ones((3, 24))},
+        {"names": np.array(NAMES), "vectors": np.array(1.0)},
+        {"names": np.array(NAMES), "__metadata__": np.ones(2)},
     ],
-    ids=range(4),
+    ids=range(6),
 )
 def test_vectors_that_are_not_named_are_refused(tmp_path: Path, arrays: dict[str, Any]) -> None:
     np.savez(tmp_path / "t.npz", **arrays)

@@ -352,7 +352,6 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 def test_checkpoint_is_read_without_a_model(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(saved(tmp_path / "w.pth", {"model": prefixed("module.")}))
     assert list(checkpoint.tensors) == list(STATE)
-    assert not checkpoint.is_ema
 
 
 def test_digest_depends_on_values_names_and_shapes() -> None:

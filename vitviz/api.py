@@ -332,7 +332,7 @@ evidence = _function(METHODS["evidence"], "evidence")
 attention = _function(METHODS["attention"], "attention")
 
 
-@in_python_words
+@functools.partial(in_python_words, class_parameter="target")
 def evaluate(
     model: Model,
     images: Images,

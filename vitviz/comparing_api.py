@@ -17,7 +17,7 @@ from vitviz.python_values import (
     Values,
     Versus,
     class_words,
-    method_names,
+    names_of_methods,
     one_class,
 )
 from vitviz.python_words import in_python_words
@@ -60,7 +60,7 @@ def compare(
         VitvizError: An option or an image is not usable.
     """
     comparison = Comparison.of(
-        method_names(methods), class_words(classes), one_class("versus", versus)
+        names_of_methods(methods), class_words(classes), one_class("versus", versus)
     )
     found = explain(
         *(model, images, comparison),

@@ -112,7 +112,7 @@ def similarity(
     """
     method = Similarity(
         block=option_value("block", int | None, block),
-        patch=tuple(whole("patch", each) for each in patch),  # type: ignore[arg-type]  # checked
+        patch=option_value("patch", tuple[int, int], patch),
         refine=whole("refine", refine),
     )
     run = partial(explain, model, fit=Fit(fit), value_range=value_range)

@@ -213,11 +213,12 @@ class Scale:
         Raises:
             OptionError: It is none of these.
         """
-        if given is None or given == "image" or isinstance(given, Scale):
-            return given if isinstance(given, Scale) else None
-        ends = given if isinstance(given, (tuple, list)) else str(given).split(":")
+        if given is None or isinstance(given, Scale):
+            return given
+        if isinstance(given, str) and given == "image":
+            return None
         try:
-            low, high = map(float, ends)
+            low, high = map(float, given.split(":") if isinstance(given, str) else given)  # type: ignore[call-overload]
         except (TypeError, ValueError):
             raise OptionError(f"--scale is {given!r}; {_SCALE_HINT}") from None
         return cls(low=low, high=high)

@@ -31,7 +31,7 @@ __all__ = [
     "class_words",
     "evaluation_options",
     "images_in",
-    "method_names",
+    "names_of_methods",
     "one_class",
     "option_value",
     "require_inputs",
@@ -62,7 +62,7 @@ def option_value(name: str, hint: Any, value: Any) -> Any:
         if isinstance(kind, type) and issubclass(kind, Enum):
             return kind(value)
     if tuple in (getattr(each, "__origin__", None) for each in (hint, *get_args(hint))):
-        return tuple(whole(name, each) for each in value)
+        return _whole_numbers(name, value)
     for kind, read in ((int, whole), (float, real)):
         if kind in (hint, *get_args(hint)):
             return read(name, value)
@@ -97,7 +97,7 @@ def one_class(name: str, value: Any) -> str | None:
     return words[0]
 
 
-def method_names(value: Any) -> tuple[str, ...]:
+def names_of_methods(value: Any) -> tuple[str, ...]:
     """Write names of methods as they are typed: one, or several.
 
     Raises:
@@ -126,8 +126,8 @@ def evaluation_options(
         OptionError: Something is no option.
     """
     return EvaluationOptions(
-        methods=method_names(methods),
-        target=class_words(target)[0],
+        methods=names_of_methods(methods),
+        target=one_class("target", target) or "top1",
         versus=one_class("versus", versus),
         convention=convention,
         fit=fit,
@@ -187,6 +187,13 @@ def _array(image: Tensor) -> np.ndarray[Any, Any]:
     return np.asarray((image.float() if image.is_floating_point() else image).numpy())
 
 
+def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """Read several whole numbers; raises ``OptionError`` where they are none."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise OptionError(f"{name} is {values!r}; give whole numbers, like (3, 5)")
+    return tuple(whole(name, each) for each in values)
+
+
 def _source_of(number: int, image: Any) -> Source:
     """Name an image, by its path if it has one."""
     if not isinstance(image, (str, os.PathLike)):
@@ -219,7 +226,7 @@ def subjects_of(
     if not len(given) == len(of_each) == len(classes):
         raise OptionError(
             f"{len(given)} images, {len(of_each)} masks, {len(classes)} true classes: give one of "
-            "each an image"
+            "each per image"
         )
     return [
         replace(

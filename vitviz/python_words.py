@@ -18,27 +18,27 @@ __all__ = ["in_python_words", "warn", "warn_of_maps"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_PARAMETERS = {"class": "classes", "bootstrap": "resamples"}
-"""Parameters of Python that the command line calls otherwise."""
+_PARAMETERS = {"bootstrap": "resamples"}
+"""Parameters of Python that the command line calls otherwise, beside that of the class."""
 _told: set[Caveat] = set()  # what is said once a process, not once a call
 
 
 @contextmanager
-def _python_words() -> Iterator[None]:
+def _python_words(class_parameter: str) -> Iterator[None]:
     """Let errors speak of Python's parameters (``start_layer``), not of ``--start-layer``."""
     try:
         yield
     except VitvizError as error:
-        error.args = tuple(_in_python(str(each)) for each in error.args)
+        error.args = tuple(_in_python(str(each), class_parameter) for each in error.args)
         raise
 
 
-def _in_python(message: str) -> str:
+def _in_python(message: str, class_parameter: str = "classes") -> str:
     """Write the options in a message as the parameters that they are in Python."""
 
     def parameter(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
-        return _PARAMETERS.get(name, name)
+        return class_parameter if name == "class" else _PARAMETERS.get(name, name)
 
     message = re.sub(r"-m (\S+) --weights (\S+)", r"model=\1, weights=\2", message)
     message = re.sub(r"--(classic)\b", r"\1=True", message)
@@ -47,12 +47,17 @@ def _in_python(message: str) -> str:
     )
 
 
-def in_python_words(function: _Function) -> _Function:
-    """Let a function's errors speak of Python's parameters."""
+def in_python_words(function: _Function, *, class_parameter: str = "classes") -> _Function:
+    """Let a function's errors speak of Python's parameters.
+
+    Args:
+        function: The function.
+        class_parameter: Its parameter that is ``--class`` on the command line.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with _python_words():
+        with _python_words(class_parameter):
             return function(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]

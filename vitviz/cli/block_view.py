@@ -101,7 +101,7 @@ def _probability_words(attention: BlockAttention) -> str:
             where += f"; when attention is not fused, at {drop}"
     else:
         where = f"at {drop}" if drop else f"after the softmax of {attention.name or 'the block'}"
-    note = "" if attention.over_tokens is not False else "; not one row and column a token"
+    note = "" if attention.over_tokens is not False else "; not one row and column per token"
     return f"{shape}{axes} {where}{note}"
 
 

@@ -100,7 +100,12 @@ class EvaluationRun(SharedOptions):
     ] = None
     plot: Annotated[
         Path | None,
-        declare(OUTPUT, metavar="FILE", help="Write the curves as PNG.", show_default=False),
+        declare(
+            OUTPUT,
+            metavar="FILE",
+            help="Write the curves as PNG. Needs the plot extra.",
+            show_default=False,
+        ),
     ] = None
     seed: Annotated[
         int,

@@ -47,7 +47,7 @@ def load_mask(path: Path) -> Mask:
         content = read_file(Source(path=path, key=path.name)).content
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if len(image.getbands()) > 1:
-                raise ImageError(f"has {image.mode} pixels; expected one value a pixel")
+                raise ImageError(f"has {image.mode} pixels; expected one value per pixel")
             return np.asarray(image).astype(np.int32)  # of a palette, the indices
     except ImageError as error:
         raise ImageError(f"has a mask, {path}, which {error}") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from vitviz.errors import OptionError
-from vitviz.methods.table import named_method
+from vitviz.methods.table import method_names, named_method
 from vitviz.options import Convention, Fit, ValueRange, require_counts
 
 __all__ = ["EvaluationOptions", "require_matplotlib"]
@@ -17,8 +17,8 @@ class EvaluationOptions:
     """How methods are measured.
 
     Attributes:
-        methods: Names that ``named_method`` reads, without baselines; none: all that suit the
-            model.
+        methods: Names that ``named_method`` reads, without baselines, with commas between them
+            or one by one; none: all that suit the model.
         target: The class that maps explain: ``top1``, an index, a label, ``mask`` for each class
             that the image's mask names, or ``truth`` for the image's true class.
         versus: The class that it is compared with: an index, a label or ``topK``; maps and
@@ -50,6 +50,7 @@ class EvaluationOptions:
         Raises:
             OptionError: A value is outside its range.
         """
+        object.__setattr__(self, "methods", method_names(self.methods))
         for name in self.methods:
             named_method(name)
         require_counts(self.batch_size, self.workers)

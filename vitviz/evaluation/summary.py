@@ -378,7 +378,7 @@ def _record(measurement: ImageScores, case: ClassScores) -> dict[str, Any]:
 
 
 def _rows(measurement: ImageScores, case: ClassScores) -> Iterator[list[Any]]:
-    """Yield a table's rows, one a method; what is not known is empty."""
+    """Yield a table's rows, one per method; what is not known is empty."""
     source = measurement.source.name
     for name, scores in case.scores.items():
         numbers = [scores.get(metric.name) for metric in METRICS]

@@ -324,7 +324,7 @@ class Explanation:
     @property
     def origin(self) -> str:
         """The file and the model that it is of."""
-        return " · ".join(filter(None, (printable(self.source.name), self.model)))
+        return " · ".join(filter(None, (printable(self.source.name), printable(self.model))))
 
     @property
     def caption(self) -> str:

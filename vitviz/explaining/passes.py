@@ -52,8 +52,9 @@ def shared_passes(model: Model, methods: Sequence[Method]) -> list[list[Method]]
 
 
 def _can_join(model: Model, method: Method, leader: Method) -> bool:
-    same_way_back = (method.backward_rule, method.balances_residuals) == (
-        *(leader.backward_rule, leader.balances_residuals),
+    same_way_back = (
+        method.backward_rule is leader.backward_rule
+        and method.balances_residuals == leader.balances_residuals
     )
     return (
         (same_way_back or not method.explains_class)
@@ -62,23 +63,19 @@ def _can_join(model: Model, method: Method, leader: Method) -> bool:
     )
 
 
-@contextmanager
-def captured(model: Model, methods: Sequence[Method]) -> Iterator[Capture]:
+def captured(model: Model, methods: Sequence[Method]) -> AbstractContextManager[Capture]:
     """Capture what the methods of one forward pass need."""
-    blocks = blocks_of(model.module)
     if isinstance(model.layout, StageLayout):
-        with StageCapture(model.module, model.layout).attached() as stages:
-            yield stages
-        return
+        return StageCapture(model.module, model.layout).attached()
+    blocks = blocks_of(model.module)
     starts = [each.first_block for each in methods if each.needs_attention_gradients]
-    with AttentionCapture(
+    return AttentionCapture(
         model.module,
         first_gradient=min(starts) if starts else None,
         projections=any(each.weighs_values for each in methods),
         blocks=blocks if any(each.needs_block_inputs for each in methods) else blocks[-1:],
         parts=methods[0].watched(model),
-    ).attached() as capture:
-        yield capture
+    ).attached()
 
 
 @contextmanager

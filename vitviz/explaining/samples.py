@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from itertools import zip_longest
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from vitviz.images.sources import Source
 from vitviz.methods.method import Method
 from vitviz.models.labels import ClassRequest
 from vitviz.models.model import Model
-from vitviz.options import Fit, PictureOptions, ValueRange
+from vitviz.options import Fit, PictureOptions, ValueRange, whole
 from vitviz.pictures.heat import contrast, share_on
 from vitviz.streaming import AdaptiveBatches, in_batches
 
@@ -41,6 +42,7 @@ __all__ = [
 
 _Passed = TypeVar("_Passed")
 
+_NOTHING = object()  # where one of two lists has ended
 _TOP = 5  # predictions that are kept of each image
 
 
@@ -113,7 +115,7 @@ def explain_samples(
     """
     # Checks all before a sample is asked for.
     explainer = Explainer(model, method, pictures, target=target)
-    size = batch_size or images_at_once(model)
+    size = _batch_size(model, batch_size)
     batches = AdaptiveBatches(size, warn, copies=method.refine**2)
 
     def explain(tasks: list[_Task]) -> list[Explained | Failed]:
@@ -123,7 +125,7 @@ def explain_samples(
 
     tasks: Iterable[_Task | _Passed] = (
         _Task(item, class_index) if isinstance(item, ImageSample) else item
-        for item, class_index in _beside(samples, class_indices)
+        for item, class_index in _beside(model, samples, class_indices)
     )
     return in_batches(tasks, _shape, size, partial(batches.work, function=explain, fail=_too_large))
 
@@ -174,12 +176,28 @@ class _Task:
     class_index: int | None
 
 
+def _batch_size(model: Model, given: int | None) -> int:
+    if given is not None and given < 1:
+        raise OptionError(f"batch_size is {given}; give a number from 1 up, or None")
+    return given or images_at_once(model)
+
+
 def _beside(
-    samples: Iterable[_Passed], class_indices: Iterable[int] | None
+    model: Model, samples: Iterable[_Passed], class_indices: Iterable[int] | None
 ) -> Iterator[tuple[_Passed, int | None]]:
+    """Put each sample's class beside it; raises ``OptionError``."""
     if class_indices is None:
-        return ((sample, None) for sample in samples)
-    return zip(samples, class_indices, strict=True)
+        yield from ((sample, None) for sample in samples)
+        return
+    pairs = zip_longest(samples, class_indices, fillvalue=_NOTHING)
+    for number, (sample, given) in enumerate(pairs):
+        if sample is _NOTHING or given is _NOTHING:
+            raise OptionError(f"samples or class_indices end after {number}; give as many of both")
+        class_index = whole("class_indices", given)
+        if model.num_classes and not 0 <= class_index < model.num_classes:
+            last = model.num_classes - 1
+            raise OptionError(f"class_indices has {class_index}; give indices from 0 to {last}")
+        yield cast("_Passed", sample), class_index
 
 
 def _too_large(task: _Task, error: MemoryError) -> Explained | Failed:

@@ -53,6 +53,9 @@ def _column(name: str) -> list[str]:
             columns = [each for each in _COLUMNS if each in table.schema_arrow.names]
             if not columns:
                 raise SourceError(f"@{name} has none of the columns {', '.join(_COLUMNS)}")
-            return [word for word in table.read(columns[:1])[columns[0]].to_pylist() if word]
+            words = [word for word in table.read(columns[:1])[columns[0]].to_pylist() if word]
     except (OSError, ValueError) as error:
         raise SourceError(f"@{name} cannot be read: {first_line(error)}") from error
+    if odd := next((word for word in words if not isinstance(word, str)), None):
+        raise SourceError(f"@{name} has {odd!r} in its column {columns[0]}; expected text")
+    return words

@@ -199,8 +199,7 @@ def in_bytes(
         colors = colors.astype(np.float32)
     side_by_side = Image.fromarray(np.ascontiguousarray(colors).reshape(height, width * bands))
     scale = scale_of(side_by_side, _whole(colors.dtype.str[1:]), wanted)
-    if scale is None:
-        return colors, ()
+    assert scale is not None  # what is no byte is scaled
     return np.asarray(scale.apply(side_by_side)).reshape(colors.shape), scale.remarks
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitviz.errors import first_line
 from vitviz.inspection.events import AttentionUse, ConstantUse, ModuleRun, Product, Shape, Trace
 from vitviz.models.hooks import hooked
 from vitviz.models.structure import on_meta
@@ -64,7 +65,7 @@ def trace_model(module: nn.Module, shape: Shape) -> Trace:
         try:
             torch.func.functional_call(module, state, (image,))
         except Exception as error:  # noqa: BLE001 - foreign code: its reason is the result
-            clock.trace.error = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            clock.trace.error = first_line(error)
     clock.trace.macs = counter.get_total_flops() // 2
     return clock.trace
 

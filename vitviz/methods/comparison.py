@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vitviz.errors import OptionError
 from vitviz.methods.method import ClassMethod, Method, TokenMap
-from vitviz.methods.table import NamedMethod, named_method
+from vitviz.methods.table import NamedMethod, method_names, named_method
 
 if TYPE_CHECKING:  # these rooms load torch
     from vitviz.methods.forward import ForwardPass, Target
@@ -47,7 +47,7 @@ class Comparison(Method):
             OptionError: There is no such method, none at all, or none for ``versus``.
         """
         columns: list[NamedMethod] = []
-        for name in filter(None, (name.strip() for word in words for name in word.split(","))):
+        for name in method_names(words):
             named = named_method(name)
             if isinstance(named.method, ClassMethod):
                 asked = replace(named.method, classes=classes, versus=versus)

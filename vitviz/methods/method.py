@@ -219,7 +219,7 @@ class Method(ABC):
         """
         if len(self.axes) > 2:
             raise OptionError(
-                f"--save gray is of one map an image, but {self.name} gives "
+                f"--save gray is of one map per image, but {self.name} gives "
                 f"{' × '.join(self.axes)}; use --save npy"
             )
 

@@ -27,6 +27,8 @@ def require_on_grid(option: str, patch: tuple[int, int], grid: tuple[int, int]) 
     Raises:
         OptionError: It is not.
     """
+    if len(patch) != 2:
+        raise OptionError(f"{option} is {patch}; give its row and column among the patches")
     if not all(0 <= place < side for place, side in zip(patch, grid, strict=True)):
         raise OptionError(
             f"{option} is {patch[0]},{patch[1]}, but this makes {grid[0]} × {grid[1]} patches; "

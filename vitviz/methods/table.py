@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from vitviz.errors import OptionError
@@ -13,7 +14,7 @@ from vitviz.methods.published import GradCam, LeGrad
 from vitviz.methods.relevance import Relevance
 from vitviz.methods.rollout import GradRollout, Rollout
 
-__all__ = ["METHODS", "PUBLISHED", "NamedMethod", "named_method", "variants"]
+__all__ = ["METHODS", "PUBLISHED", "NamedMethod", "method_names", "named_method", "variants"]
 
 METHODS: dict[str, type[Method]] = {
     each.name: each for each in (Rollout, GradRollout, Relevance, Evidence, RawAttention)
@@ -34,6 +35,12 @@ class NamedMethod:
 def variants() -> dict[str, Method]:
     """Return what ``evaluate`` sets side by side by default, by name."""
     return {name: made for each in METHODS.values() for name, made in each.variants().items()}
+
+
+def method_names(words: Iterable[str]) -> tuple[str, ...]:
+    """Part names of methods at the commas between them."""
+    names = (name.strip() for word in words for name in word.split(","))
+    return tuple(filter(None, names))
 
 
 def named_method(name: str) -> NamedMethod:

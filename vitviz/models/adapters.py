@@ -103,7 +103,7 @@ def read_adapter(path: Path) -> Adapter:
     if not found:
         raise WeightsError(f"--adapter {file} has no lora_A and lora_B; expected a LoRA adapter")
     changes = {
-        name: (*_pair(file, name, each), _factor(config, name, each["A"]))
+        name: (*_pair(file, name, each), _factor(file, config, name, each["A"]))
         for name, each in found.items()
     }
     return Adapter(
@@ -175,13 +175,19 @@ def _pair(file: Path, name: str, matrices: Mapping[str, Tensor]) -> tuple[Tensor
     return first, second
 
 
-def _factor(config: Mapping[str, Any], name: str, first: Tensor) -> float:
+def _factor(file: Path, config: Mapping[str, Any], name: str, first: Tensor) -> float:
     """Return s, by α of the first pattern that the layer's name ends in, else of all."""
     patterns = config.get("alpha_pattern") or {}
-    own = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
-    alpha = patterns[own] if own is not None else config.get("lora_alpha", 8)
     rank = first.shape[0]
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        own = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+        alpha = patterns[own] if own is not None else config.get("lora_alpha", 8)
+        factor = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (TypeError, ValueError, LookupError, ArithmeticError, re.error) as error:
+        raise _refusal(file, f"its config gives {name} no factor: {first_line(error)}") from error
+    if not math.isfinite(factor):
+        raise _refusal(file, f"its config gives {name} the factor {factor}")
+    return factor
 
 
 def _wrapping(base: Mapping[str, Tensor], adapter: Adapter) -> int:

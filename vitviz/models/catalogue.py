@@ -122,8 +122,7 @@ def survey_models(names: list[str]) -> Iterator[tuple[str, Support]]:
     """
     known = _supports(known_models(timm.__version__))
     cache = _cache_file()
-    if cache.is_file():
-        known |= _read(cache.read_text(encoding="utf-8"))
+    known |= _remembered(cache)
     learned = {}
     try:
         for name in names:
@@ -135,8 +134,12 @@ def survey_models(names: list[str]) -> Iterator[tuple[str, Support]]:
             _remember(cache, learned)
 
 
-def _read(text: str) -> dict[str, Support]:
-    """Read answers, if they are for the timm at hand and whole."""
+def _remembered(cache: Path) -> dict[str, Support]:
+    """Read the user's cache, if it is there, whole, and for the timm at hand."""
+    try:
+        text = cache.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return {}
     return _supports(read_answers(text, timm.__version__))
 
 
@@ -153,7 +156,7 @@ def _support(fields: Mapping[str, Any]) -> Support:
 
 
 def _remember(cache: Path, learned: dict[str, Support]) -> None:
-    before = _read(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
+    before = _remembered(cache)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(_written(before | learned), encoding="utf-8")

@@ -26,12 +26,10 @@ class Checkpoint:
 
     Attributes:
         tensors: By parameter name.
-        is_ema: Whether the file held an averaged copy beside the raw weights, which was taken.
         unwrapped: What was taken off and left out, in one line; empty where nothing was.
     """
 
     tensors: dict[str, Tensor]
-    is_ema: bool
     unwrapped: str = ""
 
 
@@ -64,7 +62,7 @@ def read_checkpoint(
             "that it was trained on with -m, or -m and --weights"
         )
     _check_tensors(file, found.tensors, expected)
-    return Checkpoint(tensors=found.tensors, is_ema=found.is_average, unwrapped=found.describe())
+    return Checkpoint(tensors=found.tensors, unwrapped=found.describe())
 
 
 def mismatch(tensors: Mapping[str, Tensor], module: nn.Module) -> str:

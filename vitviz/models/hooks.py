@@ -1,4 +1,4 @@
-"""Hooks on the parts of a model: hung on to record what it does while it runs, and taken off."""
+"""Forward hooks on parts of a model: registered to record a run, and removed afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Capture = TypeVar("_Capture", bound="ModelCapture")
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Hang hooks on, one by one, and take them off, also where hanging on another one fails."""
+    """Register hooks one by one; remove them in the end, also if registering a later one fails."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
@@ -80,11 +80,11 @@ class ModelCapture(ABC):
 
     @abstractmethod
     def _hooks(self) -> Iterator[RemovableHandle]:
-        """Hang hooks on the model's parts."""
+        """Register the hooks, yielding the handle of each."""
 
     @abstractmethod
     def _begin(self) -> None:
-        """Give this thread records, which are empty."""
+        """Start this thread's records, empty."""
 
     @property
     def _is_recording(self) -> bool:

@@ -26,7 +26,7 @@ class Labels:
     """The names of a model's classes.
 
     Attributes:
-        names: One description a class, in the order of the logits; empty when unknown.
+        names: One description per class, in the order of the logits; empty when unknown.
         source: Where they come from, in words.
         assumed: Whether they are a guess from the number of classes.
     """
@@ -35,11 +35,16 @@ class Labels:
     source: str = "unknown"
     assumed: bool = False
 
+    def __post_init__(self) -> None:
+        """Escape half characters, which JSON can name and no file can hold."""
+        escaped = (name.encode("utf-8", "backslashreplace") for name in self.names)
+        whole = tuple(name.decode("utf-8") for name in escaped)
+        object.__setattr__(self, "names", whole)
+
     @cached_property
     def digest(self) -> str:
         """Digest of all names, to tell whether labels have changed."""
-        text = "\n".join(self.names).encode(errors="surrogatepass")  # JSON can name half characters
-        return hashlib.sha256(text).hexdigest()[:16]
+        return hashlib.sha256("\n".join(self.names).encode("utf-8")).hexdigest()[:16]
 
     def __getitem__(self, class_index: int) -> str | None:
         """Return the full description of a class, None when it has no name."""

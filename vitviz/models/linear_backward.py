@@ -86,6 +86,8 @@ class LinearizedBackward(TorchFunctionMode):
             return _scale_to_unit(*args, **kwargs)
         if func is F.group_norm:
             return _normalize_groups(*args, **kwargs)
+        if func in _ACTIVATIONS or func in _SQUARES:
+            args, kwargs = _operand_first(args, kwargs)
         if func in _ACTIVATIONS:
             return _Gated.apply(args[0], _beside_its_argument(func, args, kwargs))
         if func in _SQUARES and _exponent(func, *args[1:], **kwargs) == 2:  # x · |x|, of StarReLU
@@ -120,6 +122,15 @@ class LinearizedBackward(TorchFunctionMode):
             return output
         shares = ((query, 0.25), (key, 0.25), (value, 0.5))
         return func(*(_Shared.apply(*share) for share in shares), *args, **kwargs)
+
+
+def _operand_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments with the first one by position, also where it was given as ``input``."""
+    if args or "input" not in kwargs:
+        return args, kwargs
+    return (kwargs["input"],), {name: each for name, each in kwargs.items() if name != "input"}
 
 
 def _beside_its_argument(

@@ -172,7 +172,7 @@ def load_model(
         device: ``auto`` (an object stays where it is), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         fit: ``native`` builds the model so that it takes images of any aspect ratio.
         img_size: Side or (height, width) to build the model for, instead of its own.
-        mean: Subtracted from pixels in [0, 1], one number or one a channel, instead of its own.
+        mean: To subtract from pixels in [0, 1], in place of its own: one number, or one a channel.
         std: Standard deviation to divide by, in place of the model's own.
         precision: ``fp32``, ``bf16`` or ``fp16``; None: as the weights are.
         adapter: A LoRA adapter of PEFT, its folder or file, to merge into the weights.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vitviz.errors import UnsupportedModelError
 from vitviz.models.attention import Attention, AttentionRecord
@@ -200,12 +201,13 @@ def _run_with_one_token_changed(module: nn.Module, input_size: tuple[int, int]) 
         raise _EnoughSeenError
 
     blocks = blocks_of(module)
-    handles = [
-        blocks[0].register_forward_pre_hook(enter),
-        _last_to_try(blocks).register_forward_hook(leave),
-    ]
+
+    def hooks() -> Iterator[RemovableHandle]:
+        yield blocks[0].register_forward_pre_hook(enter)
+        yield _last_to_try(blocks).register_forward_hook(leave)
+
     with (
-        hooked(handles),
+        hooked(hooks()),
         AttentionCapture(module, isolate=True, on_record=ask),
         torch.no_grad(),
         suppress(_EnoughSeenError),

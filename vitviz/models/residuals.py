@@ -48,7 +48,7 @@ class BalancedResiduals:
 
     @contextmanager
     def followed(self) -> Iterator[BalancedResiduals]:
-        """Know in which block each thread is."""
+        """Keep track of which block each thread is in."""
         with hooked(self._hooks()):
             yield self
 

@@ -19,9 +19,9 @@ from vitviz.models.structure import input_channels
 from vitviz.models.wrapping import logits_of
 from vitviz.options import AttentionRule
 
-__all__ = ["TOLERANCE", "check_completeness", "prove_places", "without_constants"]
+__all__ = ["check_completeness", "prove_places"]
 
-TOLERANCE = 0.005
+_TOLERANCE = 0.005
 """How far the evidence of a stage may sum up beside the logit, as a share of it."""
 
 _CONSTANTS = re.compile(r"(.*bias|beta|running_mean|.*pos_embed.*|.*_tokens?)$")
@@ -58,7 +58,7 @@ def check_completeness(module: nn.Module, layout: StageLayout, input_size: tuple
         LinearizedBackward(AttentionRule.VALUE),
         torch.enable_grad(),
     ):
-        state = without_constants(module)
+        state = _without_constants(module)
         given = torch.func.functional_call(module, state, (image,))
         output = logits_of(module, given).flatten()
         score = output[output.abs().argmax()]
@@ -68,7 +68,7 @@ def check_completeness(module: nn.Module, layout: StageLayout, input_size: tuple
         gradients = torch.autograd.grad(score, tokens, materialize_grads=True)
     for stage, each, gradient in zip(layout.stages, tokens, gradients, strict=True):
         share = float((each.detach().double() * gradient.double()).sum() / score.detach().double())
-        if not abs(share - 1) <= TOLERANCE:  # which no number that is not finite passes
+        if not abs(share - 1) <= _TOLERANCE:  # which no number that is not finite passes
             raise UnsupportedModelError(
                 f"{layout.reason}. Nor by evidence: at {stage.module} it sums to {share:.3g} of "
                 "the logit, expected 1.00 (without biases)"
@@ -76,7 +76,7 @@ def check_completeness(module: nn.Module, layout: StageLayout, input_size: tuple
     return output.numel()
 
 
-def without_constants(module: nn.Module) -> dict[str, Tensor]:
+def _without_constants(module: nn.Module) -> dict[str, Tensor]:
     """Return a model's parameters and buffers in float32, biases and other constants set to 0."""
     named = (*module.named_parameters(), *module.named_buffers())
     state = {name: t.detach().float() if t.is_floating_point() else t for name, t in named}

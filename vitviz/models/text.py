@@ -94,7 +94,7 @@ def read_text_embeddings(path: Path) -> TextEmbeddings:
         names=names,
         vectors=torch.stack(vectors),
         source=str(path),
-        scale=math.exp(scales[_SCALE]) if _SCALE in scales else None,
+        scale=_exponential(str(path), scales[_SCALE]) if _SCALE in scales else None,
         bias=scales.get(_BIAS),
     )
 
@@ -106,12 +106,12 @@ def with_learnt_scale(text: TextEmbeddings, weights: WeightFile | None) -> TextE
     learnt: dict[str, float] = {}
     for keys, tensor in named_tensors(weights.content):
         word = keys[-1].replace("/", ".").rpartition(".")[2]
-        if word in _SCALES and tensor.numel() == 1:
+        if word in _SCALES and tensor.numel() == 1 and not tensor.is_complex():
             learnt[_SCALES[word]] = float(tensor)
     if "scale" not in learnt:
         return text
     bias = learnt.get("bias") if text.bias is None else text.bias
-    return replace(text, scale=math.exp(learnt["scale"]), bias=bias)
+    return replace(text, scale=_exponential(str(weights.path), learnt["scale"]), bias=bias)
 
 
 def with_text(module: nn.Module, text: TextEmbeddings) -> nn.Module:
@@ -155,7 +155,8 @@ def _projection(module: nn.Module) -> tuple[nn.Module, int]:
 
 def _named_vectors(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield each name with its vector, (width) or (templates, width)."""
-    described = content.get("__metadata__", {}).get("names")
+    metadata = content.get("__metadata__")
+    described = metadata.get("names") if isinstance(metadata, Mapping) else None
     names = content.get("names", described)
     if names is None:
         yield from ((name, each) for name, each in content.items() if isinstance(each, Tensor))
@@ -165,7 +166,8 @@ def _named_vectors(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str
         vectors = content["vectors"]
     except (ValueError, LookupError, AttributeError, RecursionError):
         listed, vectors = None, None
-    if not isinstance(listed, list) or len(listed) != len(vectors):
+    is_many = isinstance(vectors, Tensor) and vectors.dim() > 0
+    if not isinstance(listed, list) or not is_many or len(listed) != len(vectors):
         raise OptionError(f"--text-embeddings {path} does not name each of its vectors; {_HINT}")
     yield from zip(map(str, listed), vectors, strict=True)
 
@@ -180,6 +182,17 @@ def _mean_direction(path: Path, name: str, vectors: Tensor) -> Tensor:
     if not mean.any():
         raise OptionError(f"--text-embeddings {path}: {name!r} is 0, which points nowhere")
     return mean
+
+
+def _exponential(source: str, logarithm: float) -> float:
+    """Return e to a learnt power; raises ``WeightsError``."""
+    try:
+        return math.exp(logarithm)
+    except OverflowError:
+        raise WeightsError(
+            f"{source} scales cosines by exp({logarithm:g}), which is no number; expected a "
+            "logit_scale near 4.6"
+        ) from None
 
 
 def _number(path: Path, key: str, value: object) -> float:

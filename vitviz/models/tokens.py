@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vitviz.errors import UnsupportedModelError
+from vitviz.errors import UnsupportedModelError, first_line
 from vitviz.models.attention import Attention
 from vitviz.models.capture import AttentionCapture
 from vitviz.models.hooks import hooked
@@ -171,7 +171,7 @@ def survey(module: nn.Module, input_size: tuple[int, int]) -> list[AttentionCall
         except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
             raise UnsupportedModelError(
                 f"{type(module).__name__} does not run on a {input_size[0]}×{input_size[1]} image "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+                f"({first_line(error)})"
             ) from error
     return calls
 

@@ -134,7 +134,11 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    if _is_safetensors(path):
+    try:
+        is_safetensors = _is_safetensors(path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+    if is_safetensors:
         return _read_safetensors(path)
     return _read_npz(path) if _is_npz(path) else _read_torch(path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -72,13 +71,13 @@ def is_own(path: Path) -> bool:
     return start.startswith((SCRIPT_START, b'{"vitviz"'))
 
 
-def put(folder: Path, name: str, content: bytes, owner: Callable[[Path], bool] = is_own) -> Path:
+def put(folder: Path, name: str, content: bytes) -> Path:
     """Put one file of a report in its place, whole or not at all.
 
     Raises:
         OutputError: It cannot be.
     """
-    write_own(folder / name, content, owner)
+    write_own(folder / name, content, is_own)
     return folder / name
 
 

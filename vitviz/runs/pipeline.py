@@ -83,7 +83,7 @@ def run(
     beside: Beside | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Generator[Result, None, None]:
-    """Explain images and write their maps, yielding one result an image in the order given.
+    """Explain images and write their maps, yielding one result per image in the order given.
 
     Results of what is being written when an error is thrown in are yielded before it is raised.
 
@@ -148,7 +148,7 @@ def explained(
     tally: Tally,
     warn: Callable[[str], None],
 ) -> Generator[Result, None, None]:
-    """Explain images and write what belongs to them, yielding one result an image, in order.
+    """Explain images and write what belongs to them, yielding one result per image, in order.
 
     Args:
         model: The model; it is left as it was.

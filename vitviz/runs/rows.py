@@ -115,14 +115,6 @@ class RowWriter:
             return replace(result, status="failed", error=str(error), fatal_write_error=fatal)
         return result
 
-    def close(self) -> None:
-        """Write what is left.
-
-        Raises:
-            OutputError: It cannot be written.
-        """
-        self._table.close()
-
     def _of_map(self, explanation: Explanation, result: Result) -> _Row:
         sample, found = explanation.sample, explanation.diagnostics
         outputs = self._writer.outputs_of(explanation.request, result)
