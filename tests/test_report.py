@@ -168,6 +168,31 @@ def _source(name: str) -> Source:
 # vitviz report FOLDER
 
 
+def test_tables_of_other_programs_are_left_alone(shell: Shell, tiny: list[str]) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    save_pictures(Path(), ["a.png"])
+    shell("rollout", "a.png", *tiny, "--records", OUT / "ours.parquet")
+    (OUT / "theirs.parquet").mkdir()
+    parquet.write_table(arrow.table({"x": [1]}), OUT / "theirs.parquet" / "part.parquet")
+    assert shell("report", OUT).code == 0
+    assert list(images()) == ["a.png"]
+
+
+def test_damaged_table_is_named(shell: Shell, tiny: list[str]) -> None:
+    pytest.importorskip("pyarrow")
+    save_pictures(Path(), ["a.png"])
+    words = ["rollout", "a.png", *tiny, "--save", "table", "--records", "t.parquet"]
+    shell(*words)
+    (part,) = Path("t.parquet").iterdir()
+    content = bytearray(part.read_bytes())
+    content[4:200] = bytes(196)  # pages, not the footer
+    part.write_bytes(content)
+    for code, command in ((2, ["report", "t.parquet"]), (1, [*words, "--skip-existing"])):
+        done = shell(*command)
+        assert done.code == code
+        assert f"{part} cannot be read" in done.err and "move it away" in done.err
+
+
 def test_folder_without_a_report_is_read_from_its_files(shell: Shell, tiny: list[str]) -> None:
     save_pictures(Path(), ["a.png", "b.png"])
     crop = ["--fit", "crop", "--save", "overlay", "--save", "npy"]

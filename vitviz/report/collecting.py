@@ -23,7 +23,7 @@ from vitviz.options import Fit, PictureOptions, ValueRange
 from vitviz.report.failures import Failure, read_failures
 from vitviz.report.files import FILES, Picture, picture_mark, put_picture
 from vitviz.report.maps import StoredMap, map_id, put_map, read_map, stored_map
-from vitviz.report.rows import Row, rows_in
+from vitviz.report.rows import Row, own_tables, rows_in
 from vitviz.runs.provenance import Provenance, is_whole, read_provenance
 
 __all__ = ["FoundImage", "FoundMap", "address", "find_images"]
@@ -166,9 +166,7 @@ def _made_here(folder: Path) -> Iterator[tuple[Path, Provenance]]:
 
 def _tables(folder: Path, table: Path | None) -> list[Path]:
     """Return the tables to read."""
-    if table is not None:
-        return [table]
-    return sorted(each for each in folder.rglob("*.parquet") if each.is_dir())
+    return own_tables(folder) if table is None else [table]
 
 
 def _complete(folder: Path, image: FoundImage) -> None:

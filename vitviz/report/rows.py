@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from vitviz.explaining.explanation import Diagnostics, Prediction
 from vitviz.images.fitting import Region
 from vitviz.report.failures import Failure
 from vitviz.runs.provenance import Provenance, source_id
-from vitviz.runs.tables import require_own
+from vitviz.runs.tables import is_own, read_whole, require_own
 
-__all__ = ["Row", "rows_in"]
+__all__ = ["Row", "own_tables", "rows_in"]
 
 _BATCH = 256  # rows at once
 
@@ -57,6 +58,18 @@ class Row:
         )
 
 
+def own_tables(folder: Path) -> list[Path]:
+    """Find the tables in a folder, those of other programs left out.
+
+    Raises:
+        OutputError: pyarrow is not installed, or a part cannot be read.
+    """
+    found = sorted(each for each in folder.rglob("*.parquet") if each.is_dir())
+    for table in found:
+        _require_pyarrow(table)
+    return [table for table in found if any(map(is_own, _parts(table)))]
+
+
 def rows_in(table: Path) -> Iterator[Row]:
     """Yield the rows of a table, the newest last.
 
@@ -66,18 +79,26 @@ def rows_in(table: Path) -> Iterator[Row]:
     Raises:
         OutputError: pyarrow is not installed, or a part cannot be read or is none of vitviz's.
     """
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise OutputError(
-            f"{table} is read by pyarrow, which is not installed; try pip install 'vitviz[parquet]'"
-        ) from None
-    for part in sorted(table.glob("*.parquet")):
+    _require_pyarrow(table)
+    from pyarrow import parquet
+
+    for part in _parts(table):
         require_own(part)
         time = part.stat().st_mtime
-        with parquet.ParquetFile(part) as file:
+        with read_whole(part), parquet.ParquetFile(part) as file:
             for batch in file.iter_batches(batch_size=_BATCH):
                 yield from (Row(each, time) for each in batch.to_pylist())
+
+
+def _parts(table: Path) -> list[Path]:
+    return sorted(table.glob("*.parquet"))
+
+
+def _require_pyarrow(table: Path) -> None:
+    if find_spec("pyarrow") is None:
+        raise OutputError(
+            f"{table} is read by pyarrow, which is not installed; try pip install 'vitviz[parquet]'"
+        )
 
 
 def _provenance(columns: dict[str, Any]) -> Provenance:

@@ -11,13 +11,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vitviz.errors import OutputError, first_line
 from vitviz.runs.writing import prepare_folder, sweep, write_own
 
-__all__ = ["BlockTable", "RecordsTable", "part_name", "require_own"]
+__all__ = ["BlockTable", "RecordsTable", "is_own", "part_name", "read_whole", "require_own"]
 
 Row = dict[str, Any]
 _Place = tuple[str, str | None, bool]  # an image's key, its class request, whether it failed
@@ -260,21 +261,34 @@ def schema() -> Any:
 
 def require_own(part: Path) -> None:
     """Make sure that vitviz wrote a part of a table; raises ``OutputError``."""
+    if not is_own(part):
+        raise OutputError(f"{part} was not written by vitviz; choose another name")
+
+
+def is_own(part: Path) -> bool:
+    """Tell whether vitviz wrote a part of a table; raises ``OutputError`` if it is damaged."""
     from pyarrow import parquet
 
+    with read_whole(part):
+        return _MARK in (parquet.read_schema(part).metadata or {})
+
+
+@contextmanager
+def read_whole(part: Path) -> Iterator[None]:
+    """Raise ``OutputError`` where a part of a table turns out to be damaged while it is read."""
     try:
-        metadata = parquet.read_schema(part).metadata
+        yield
+    except FileNotFoundError:  # another run has just written it anew, under another name
+        raise
     except (OSError, ValueError) as error:
         raise OutputError(f"{part} cannot be read: {first_line(error)}; move it away") from error
-    if _MARK not in (metadata or {}):
-        raise OutputError(f"{part} was not written by vitviz; choose another name")
 
 
 def _places(part: Path, method: str) -> Iterator[tuple[_Place, str]]:
     """Yield the places of a part that hold rows of a method, and by which recipe these are."""
     from pyarrow import parquet
 
-    with parquet.ParquetFile(part) as file:
+    with read_whole(part), parquet.ParquetFile(part) as file:
         for batch in file.iter_batches(columns=[*_PLACE, "method", "recipe"]):
             methods, recipes = (batch[name].to_pylist() for name in ("method", "recipe"))
             for place, its, recipe in zip(_places_of(batch), methods, recipes, strict=True):
@@ -296,7 +310,7 @@ def _remove(part: Path, method: str, places: Collection[_Place]) -> None:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(part) as file:
+        with read_whole(part), parquet.ParquetFile(part) as file:
             kept = _Part(file.schema_arrow)
             for group in range(file.num_row_groups):
                 rows = file.read_row_group(group)
