@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,18 @@ def test_quiet_terminal_shows_paths_alone(nursery: Nursery, tmp_path: Path) -> N
     (line,) = shown.text.splitlines()
     assert line.endswith("star-ring.png.rollout.png")
     assert "\x1b" not in shown.text
+
+
+def test_interruption_before_the_first_result_says_what_is_not_done(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted() -> Iterator[Result]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        Reporter().show(interrupted(), 5, {"run": {"method": "rollout"}}, None)
+    assert "0 written, 0 skipped, 0 failed, 5 not done in" in capsys.readouterr().err
 
 
 def test_reader_that_leaves_is_no_full_disk(tmp_path: Path) -> None:

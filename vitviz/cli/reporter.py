@@ -140,7 +140,9 @@ class Reporter:
                 for item in shown:
                     tell(item)
         finally:
-            self._summarize(statuses, where)
+            is_interrupted = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit))
+            if self._counts or is_interrupted:
+                self._summarize(statuses, where)
 
     def count(self, status: str, source: Source, error: str | None) -> None:
         """Count what became of an image, and tell why it failed if it did."""
@@ -182,19 +184,18 @@ class Reporter:
             self.write(text)
 
     def _summarize(self, statuses: Sequence[str], where: Path | None) -> None:
-        """Say how many images there were and how fast they went, if there were any.
+        """Say how many images there were and how fast they went.
 
         Args:
             statuses: What can become of an image, what is hoped for first.
             where: Where it is written to.
         """
-        if not self._counts:
-            return
         if self._best:
             most = sorted(self._best.items(), key=lambda each: (-each[1], each[0]))[:_NAMED]
             others = len(self._best) - len(most)
             named = ", ".join(f"{name} {count:,}" for name, count in most)
-            self.say(f"best classes: {named}" + (f" and {others:,} others" if others else ""))
+            rest = f" and {others:,} other{'s' * (others > 1)}" if others else ""
+            self.say(f"best classes: {named}{rest}")
         seconds = time.perf_counter() - self._start
         done = self._counts[statuses[0]]
         parts = [f"{self._counts[status]} {status}" for status in statuses]
