@@ -17,7 +17,7 @@ from vitviz import api, python_words
 from vitviz.errors import ImageError, OptionError, SourceError, VitvizError
 from vitviz.explaining.explanation import Caveat
 from vitviz.models.model import load_model
-from vitviz.options import HeadFusion, PictureOptions
+from vitviz.options import HeadFusion, Outliers, PictureOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +49,7 @@ def test_bad_image_loses_no_other_where_it_is_to_be_skipped(tmp_path: Path) -> N
     save_pictures(tmp_path, ["a.png", "b.png"])
     (tmp_path / "bad.png").write_bytes(b"bad")
     images = [tmp_path / name for name in ("a.png", "bad.png", "gone.png", "b.png")]
-    with pytest.warns(UserWarning, match=r"2 images failed and left out, the first: .*bad\.png: "):
+    with pytest.warns(UserWarning, match=r"2 images failed and were left out.* .*bad\.png: "):
         maps = vitviz.rollout(tiny_model(), images, errors="skip")
     assert [each.sample.source.path.name for each in maps] == ["a.png", "b.png"]
     with pytest.raises(ImageError, match="bad"):
@@ -149,6 +149,15 @@ def test_odd_patches_are_refused(place: Any) -> None:
         vitviz.attention(tiny_model(), picture(64, 64), query=place)
     with pytest.raises(OptionError, match="patch is"):
         vitviz.similarity(tiny_model(), picture(64, 64), place)
+
+
+def test_pictures_are_told_by_words() -> None:
+    options = PictureOptions(colormap="viridis", outliers="show", kinds=("panel",))  # type: ignore[arg-type]
+    (drawn,) = vitviz.rollout(tiny_model(), picture(64, 64), pictures=options)
+    assert drawn.overlay().size == (64, 64)
+    assert options.outliers is Outliers.SHOW
+    with pytest.raises(OptionError, match="'rainbow' is not one of"):
+        PictureOptions(colormap="rainbow")  # type: ignore[arg-type]
 
 
 def test_scale_may_be_an_array() -> None:

@@ -80,7 +80,7 @@ def relevance(
     errors: str = "raise",
     target: Target | None = None,
 ) -> list[Explanation]:
-    """Gradient relevance with a linearised backward pass and weighed values."""
+    """Gradient relevance with a linearised backward pass and weighted values."""
 
 def evidence(
     model: Model,

@@ -198,11 +198,7 @@ class Scale:
     high: float
 
     def __post_init__(self) -> None:
-        """Check the ends.
-
-        Raises:
-            OptionError: They are not in order.
-        """
+        """Check that they are in order; raises ``OptionError``."""
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise OptionError(f"--scale is {self}; {_SCALE_HINT}")
 
@@ -257,15 +253,17 @@ class PictureOptions:
     outliers: Outliers = Outliers.MUTE
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            OptionError: A value is outside its range.
-        """
-        alpha, max_size = real("--alpha", self.alpha), whole("--max-size", self.max_size)
-        object.__setattr__(self, "alpha", alpha)  # as NumPy's numbers are in no record
-        object.__setattr__(self, "max_size", max_size)
-        object.__setattr__(self, "scale", Scale.ensure(self.scale))
+        """Check the ranges; raises ``OptionError``."""
+        for name, value in {  # Python users have words for enums, and NumPy's numbers
+            "kinds": tuple(map(OutputKind, self.kinds)),
+            "colormap": self.colormap and Colormap(self.colormap),
+            "format": PictureFormat(self.format),
+            "outliers": Outliers(self.outliers),
+            "alpha": real("--alpha", self.alpha),
+            "max_size": whole("--max-size", self.max_size),
+            "scale": Scale.ensure(self.scale),
+        }.items():
+            object.__setattr__(self, name, value)
         if not 0 <= self.alpha <= 1:
             raise OptionError(f"--alpha is {self.alpha:g}; give the weight of the heat from 0 to 1")
         if self.max_size < 1:
