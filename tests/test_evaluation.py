@@ -560,7 +560,7 @@ def test_true_classes_come_from_a_file(shell: Shell, tiny: list[str]) -> None:
     ("words", "message"),
     [
         (["--methods", "lime"], "lime is unknown"),
-        (["--masks", "gone"], "gone is no folder"),
+        (["--masks", "gone"], "gone is not a folder"),
         (["--masks", "p/q"], "no PNG of the name"),
         (["--truth", "gone"], "cannot be read"),
         (["--class", "mask"], "nothing to go by"),

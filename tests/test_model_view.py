@@ -44,7 +44,7 @@ FACTS = {
         "(patch tokens only) in 12 places, the same in all",
         "layer scale gamma_1, gamma_2",
         "linear none: the output is the pooled features, no classes",
-        "only rollout and attention supported: no classifier",
+        "only rollout, attention, features and similarity",
     ],
     "vit_srelpos_small_patch16_224": [
         "other tokens none: no class token, no registers",
@@ -58,7 +58,7 @@ FACTS = {
         "8 blocks 0–1, 3–4, 6–7, 9–10:",
         "4 blocks 2, 5, 8, 11:",
         "heads not determined × 64 channels",
-        "not one row and column a token",
+        "not one row and column per token",
     ],
     "cait_xxs24_224": [
         "class token 1 learned (cls_token), joins after the blocks",

@@ -171,7 +171,7 @@ def _pixels(content: bytes) -> bytes:
 def test_urls_stand_for_objects_folders_and_globs(bucket: Any, url: str, names: list[str]) -> None:
     found, fruitless = find_sources([url])
     if not names:  # taken for an object, as a path is for a file
-        with pytest.raises(ImageError, match="there is none"):
+        with pytest.raises(ImageError, match="no such file"):
             read_file(found[0])
         return
     assert [source.name for source in found] == [f"s3://pets/photos/{name}" for name in names]
@@ -192,7 +192,7 @@ def test_web_server_is_a_source(run: Shell, web: tuple[str, type[_Handler]]) -> 
     good, bad = done.records
     assert good["outputs"][0]["path"].endswith("/photos/01.png.rollout.png")
     assert (bad["status"], done.code) == ("failed", 1)
-    assert "cannot be read: there is none" in bad["error"]
+    assert "cannot be read: no such file" in bad["error"]
 
 
 @pytest.mark.parametrize("trouble", ["503", "broken", "stall"])
@@ -424,7 +424,7 @@ def test_list_names_images(run: Shell, bucket: Any) -> None:
 def test_list_that_cannot_be_read_is_refused(run: Shell) -> None:
     missing = run("rollout", "@none.txt", "-m", "demo")
     assert missing.code == 2
-    assert missing.complaints == ["Error: @none.txt cannot be read: there is none"]
+    assert missing.complaints == ["Error: @none.txt cannot be read: no such file"]
     pd.DataFrame({"n": [1]}).to_parquet("list.parquet")
     assert "none of the columns" in run("rollout", "@list.parquet", "-m", "demo").complaints[0]
     save_pictures(Path(), ["@list.png"])

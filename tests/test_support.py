@@ -35,7 +35,10 @@ def survey(*names: str) -> dict[str, Support]:
 def test_model_without_a_head_supports_rollout_only() -> None:
     headless = support_of(build_skeleton("vit_small_patch14_dinov2"), (518, 518))
     assert (headless.rollout, headless.grad_rollout) == (True, False)
-    assert "only rollout and attention supported: no classifier" in headless.describe()
+    assert (
+        "only rollout, attention, features and similarity supported: no classifier"
+        in headless.describe()
+    )
 
 
 @pytest.mark.parametrize(

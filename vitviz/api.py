@@ -221,8 +221,9 @@ def _batch_size(given: object) -> int | None:
 def _warn_of_failures(failed: Sequence[Failed]) -> None:
     if failed:
         images = "1 image" if len(failed) == 1 else f"{len(failed)} images"
+        were = "was" if len(failed) == 1 else "were"
         first = f"{failed[0].source.name}: {failed[0].error}"
-        warn(f"{images} failed and left out, the first: {first}")
+        warn(f"{images} failed and {were} left out, the first: {first}")
 
 
 def _function(method: type[Method], name: str) -> Callable[..., list[Explanation]]:

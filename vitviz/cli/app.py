@@ -43,7 +43,7 @@ _EXAMPLES = {
     "models": ("vitviz models deit", "vitviz models 'vit_*' --supported"),
     "compare": (
         "vitviz compare photos/ --class top2",
-        "vitviz compare img.jpg --methods relevance,evidence --class tabby --class tiger",
+        "vitviz compare img.jpg --class tabby --class tiger",
     ),
     "features": ("vitviz features photos/", "vitviz features photos/ --block 8 --save npy"),
     "similarity": (
@@ -221,7 +221,11 @@ def _models(
         ),
     ] = "*",
     supported: Annotated[
-        bool, typer.Option("--supported", help="List only models that vitviz can explain.")
+        bool,
+        typer.Option(
+            "--supported",
+            help="List only models that vitviz can explain, some if their weights pass a check.",
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per line.")

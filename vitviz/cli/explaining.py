@@ -191,21 +191,21 @@ def _require_previews(run: WritingRun, pictures: PictureOptions) -> None:
     if not any(kind is not OutputKind.NPY for kind in pictures.kinds):
         raise OptionError("--show shows the pictures that are written; add --save overlay")
     if sys.stderr is None or not sys.stderr.isatty():
-        raise OptionError("--show draws on a terminal, but stderr is none; leave it out")
+        raise OptionError("--show draws on a terminal, but stderr is not a terminal; leave it out")
 
 
 def _kinds(run: WritingRun) -> tuple[OutputKind, ...]:
     """Return the kinds of files that are asked for, and make sure that all makes sense."""
     saved = dict.fromkeys(run.save)
+    if Saved.NONE in saved and len(saved) > 1:
+        others = ", ".join(saved.keys() - {Saved.NONE})
+        raise OptionError(f"--save none and {others} are both given; leave one out")
     if run.records is not None:
         require_parquet(run.records)
     elif Saved.TABLE in saved:
         raise OptionError("--save table needs a table; name one, as --records maps.parquet")
     elif Saved.NONE in saved and not run.as_json:
         raise OptionError("--save none leaves nothing; add --records maps.parquet or --json")
-    if Saved.NONE in saved and len(saved) > 1:
-        others = ", ".join(saved.keys() - {Saved.NONE})
-        raise OptionError(f"--save none and {others} are both given; leave one out")
     kinds = tuple(OutputKind(each) for each in saved if each not in (Saved.TABLE, Saved.NONE))
     if run.report and not kinds:
         raise OptionError("--report is about files, and none is saved; add --save overlay")

@@ -62,7 +62,7 @@ def annotated_images(
         OptionError: The folder is not there, or knows none of the images; as the classes do.
     """
     if masks is not None and not masks.is_dir():
-        raise OptionError(f"--masks {masks} is no folder")
+        raise OptionError(f"--masks {masks} is not a folder")
     subjects = [
         AnnotatedImage(
             source=source,
@@ -194,8 +194,9 @@ def _wanted_class(
     word, known = options.target, {"truth": judged, "mask": masked}
     if word in known:
         if not known[word]:
+            option = "--masks DIR" if word == "mask" else "--truth FILE"
             raise OptionError(
-                f"--class {word} has nothing to go by: no image has one; see --masks and --truth"
+                f"--class {word} has nothing to go by: no image has one; give {option}"
             )
         return word
     requests = parse_requests([word], model.labels, model.num_classes, options.versus)

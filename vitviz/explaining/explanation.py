@@ -329,7 +329,7 @@ class Explanation:
     @property
     def caption(self) -> str:
         """What the map shows, in one line."""
-        return ": ".join(filter(None, (self.method.name, self.subject)))
+        return ": ".join(filter(None, (self.method.title, self.subject)))
 
     @property
     def subject(self) -> str:

@@ -50,7 +50,7 @@ def grid(maps: Sequence[Explanation], *, columns: int = 4, cell: int = 280) -> I
     cells = [_cell(each, cell) for each in maps]
     height, width = (max(each.picture.shape[axis] for each in cells) for axis in (0, 1))
     cells = [replace(each, picture=_centered(each.picture, height, width)) for each in cells]
-    title = _all(each.method.name for each in maps)
+    title = _all(each.method.title for each in maps)
     models = printable(_all(each.model for each in maps))
     return Image.fromarray(picture_table(in_rows(cells, columns), title=title, subtitle=models))
 

@@ -176,7 +176,7 @@ def _looking_into(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise SourceError(f"{url} cannot be looked into: {_said(error)}") from error
+        raise SourceError(f"{url} cannot be listed: {_said(error)}") from error
 
 
 def _scheme(url: str) -> str:
@@ -185,4 +185,4 @@ def _scheme(url: str) -> str:
 
 
 def _said(error: Exception) -> str:
-    return first_line(error) if not isinstance(error, FileNotFoundError) else "there is none"
+    return first_line(error) if not isinstance(error, FileNotFoundError) else "no such file"

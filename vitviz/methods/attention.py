@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vitviz.errors import OptionError
 from vitviz.methods.method import Method, TokenMap, option
-from vitviz.methods.patch import read_patch, require_on_grid
+from vitviz.methods.patch import place, read_patch, require_on_grid
 from vitviz.options import HeadFusion
 
 if TYPE_CHECKING:  # these rooms load torch
@@ -38,6 +38,11 @@ class RawAttention(Method):
         metavar="ROW,COL",
         parse=partial(read_patch, "--query"),
     )
+
+    @property
+    def title(self) -> str:
+        """Of a patch, its place is named."""
+        return self.name if self.query is None else f"{self.name} of patch {place(self.query)}"
 
     @property
     def axes(self) -> tuple[str, ...]:

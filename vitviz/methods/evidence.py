@@ -64,6 +64,12 @@ class Evidence(ClassMethod):
         }
 
     @property
+    def title(self) -> str:
+        """Other rules than by default have names of their own."""
+        shared, plain = self.rule is AttentionRule.SHARED, self.residual is ResidualRule.PLAIN
+        return self.name + "-shared" * shared + "-plain" * plain
+
+    @property
     def backward_rule(self) -> AttentionRule | None:
         """How the linearised backward pass treats attention."""
         return self.rule

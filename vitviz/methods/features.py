@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vitviz.errors import OptionError
 from vitviz.methods.method import Method, TokenMap, option
-from vitviz.methods.patch import read_patch, require_on_grid
+from vitviz.methods.patch import place, read_patch, require_on_grid
 from vitviz.options import Foreground, Unit
 
 if TYPE_CHECKING:  # these load NumPy or torch
@@ -139,6 +139,11 @@ class Similarity(_OfBlock):
         super().__post_init__()
         if self.patch is None or len(self.patch) != 2:
             raise OptionError("--patch is missing; give the ROW,COL of a patch of the image")
+
+    @property
+    def title(self) -> str:
+        """The patch is named."""
+        return f"{self.name} to patch {place(self.patch or ())}"
 
     @property
     def extent(self) -> tuple[float, float] | None:

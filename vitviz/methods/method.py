@@ -148,6 +148,11 @@ class Method(ABC):
         return {cls.name: cls()}
 
     @property
+    def title(self) -> str:
+        """What its maps are called in pictures."""
+        return self.name
+
+    @property
     def members(self) -> tuple[Method, ...]:
         """The methods that make its maps: itself, or several that explain the same classes."""
         return (self,)

@@ -6,7 +6,7 @@ import re
 
 from vitviz.errors import OptionError
 
-__all__ = ["read_patch", "require_on_grid"]
+__all__ = ["place", "read_patch", "require_on_grid"]
 
 
 def read_patch(option: str, word: str) -> tuple[int, int]:
@@ -19,6 +19,11 @@ def read_patch(option: str, word: str) -> tuple[int, int]:
     if not places:
         raise OptionError(f"{option} is {word!r}; give its ROW,COL among the patches, like 3,5")
     return int(places[1]), int(places[2])
+
+
+def place(patch: tuple[int, ...]) -> str:
+    """Write the place of a patch as users name it."""
+    return ",".join(map(str, patch))
 
 
 def require_on_grid(option: str, patch: tuple[int, int], grid: tuple[int, int]) -> None:

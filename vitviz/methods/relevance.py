@@ -21,7 +21,7 @@ __all__ = ["Relevance"]
 
 @dataclass(frozen=True, kw_only=True)
 class Relevance(ClassMethod):
-    """Gradient relevance with a linearised backward pass and weighed values.
+    """Gradient relevance with a linearised backward pass and weighted values.
 
     r ← r + r·E from the last block down, E = mean over heads of relu(A ⊙ ∂y/∂A), column j times
     ‖W_o v_j‖, which is how much the value of token j can move others. It starts from
@@ -29,7 +29,7 @@ class Relevance(ClassMethod):
 
     Attributes:
         classic: Exactly Chefer, Gur & Wolf 2021 (arXiv 2103.15679) instead: true gradients, all
-            blocks, no weighing, read out as the model's head does.
+            blocks, no weighting, read out as the model's head does.
         start_layer: Blocks before this one are left out. None: if not classic, the average of
             what each block gives as the first, as shares of its sum.
     """
@@ -43,7 +43,7 @@ class Relevance(ClassMethod):
     classic: bool = option(
         False,
         "Compute it as Chefer, Gur & Wolf (ICCV 2021) do, to compare with papers.",
-        doc="Exactly Chefer, Gur & Wolf 2021 (arXiv 2103.15679): true gradients, no weighing.",
+        doc="Exactly Chefer, Gur & Wolf 2021 (arXiv 2103.15679): true gradients, no weighting.",
     )
     start_layer: int | None = option(
         None,
@@ -62,6 +62,11 @@ class Relevance(ClassMethod):
     def variants(cls) -> Mapping[str, Method]:
         """Return what ``evaluate`` compares of this method, by name."""
         return {cls.name: cls(), f"{cls.name}-classic": cls(classic=True)}
+
+    @property
+    def title(self) -> str:
+        """The classic form has a name of its own."""
+        return f"{self.name}-classic" if self.classic else self.name
 
     @property
     def first_block(self) -> int:

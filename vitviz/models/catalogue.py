@@ -57,7 +57,7 @@ class Support:
         rows, cols = self.grid or (0, 0)
         if self.stages:
             where = f"{self.stages} stages; maps of {rows} × {cols} cells"
-            return f"evidence only, from {where}, if its weights stand the proof: {self.reason}"
+            return f"evidence only, from {where}, if its weights pass a check: {self.reason}"
         if not self.rollout:
             return f"not supported: {self.reason}"
         pooled = self.readout == Readout.ATTENTION_POOLING.value
@@ -66,7 +66,8 @@ class Support:
         maps = f"maps of {rows} × {cols} patches"
         if self.grad_rollout:
             return f"{reads}; {maps}; all methods supported"
-        return f"{reads}; {maps}; only rollout and attention supported: {self.reason}"
+        some = "rollout, attention, features and similarity"
+        return f"{reads}; {maps}; only {some} supported: {self.reason}"
 
 
 def support_of(module: nn.Module, input_size: tuple[int, int]) -> Support:

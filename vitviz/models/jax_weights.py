@@ -46,7 +46,7 @@ def from_jax(content: Mapping[str, Any], origin: str, module: nn.Module) -> Unwr
     if not hasattr(module, "load_pretrained"):
         raise WeightsError(
             f"{origin} holds weights as JAX names them, which timm loads into no {kind}; name the "
-            "model that they were trained as with -m"
+            "model that it was trained as, with -m"
         )
     arrays = {n: t for n, t in content.items() if n.startswith(place) and isinstance(t, Tensor)}
     arrays = {name: t.float() if t.is_floating_point() else t for name, t in arrays.items()}
@@ -111,5 +111,5 @@ def _archive(arrays: Mapping[str, Tensor]) -> io.BytesIO:
 def _misfit(origin: str, kind: str, reason: str) -> WeightsError:
     return WeightsError(
         f"{origin} holds JAX weights that do not fit this {kind} ({reason}); name the model that "
-        "they were trained as with -m"
+        "it was trained as, with -m"
     )

@@ -57,8 +57,8 @@ class WeightFile:
         if not self.path.is_file():
             link = "is a link to a file that is not there" if self.path.is_symlink() else ""
             raise WeightsError(
-                f"--weights {self.path} {link or 'is not a file'}; give a .safetensors, .pth or "
-                ".pt file"
+                f"--weights {self.path} {link or 'is not a file'}; give a .safetensors, .npz, "
+                ".pth or .pt file"
             )
         index = _index_of(self.path)
         return (self.path,) if index is None else _shards(index)

@@ -6,7 +6,6 @@ import base64
 import hashlib
 from collections.abc import Iterable
 from importlib import resources
-from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +37,7 @@ def write_page(folder: Path) -> Path:
         OutputError: Something else is in its place, or it cannot be written.
     """
     if not folder.is_dir():
-        raise SourceError(f"{folder} is no folder; give the one that maps were written to")
+        raise SourceError(f"{folder} is not a folder; give the one that maps were written to")
     table = folder if folder.suffix == ".parquet" else None
     if table is not None:  # whose readers take every file in it for a part
         folder = table.with_suffix(".report")
@@ -90,9 +89,9 @@ def _render(folder: Path, images: list[FoundImage], failures: list[Failure]) -> 
 def _index(folder: Path, images: list[FoundImage], failures: list[Failure]) -> dict[str, Any]:
     """Return what the page knows of all images; numbers of maps are in scripts of their own."""
     words = _Words()
-    newest = max(
-        (each for image in images for each in image.maps), key=attrgetter("time"), default=None
-    )
+    every = (each for image in images for each in image.maps)
+    # One that the page draws itself, if there is one: others have no heat on the first sight.
+    newest = max(every, key=lambda each: (each.stored is not None, each.time), default=None)
     method = newest.provenance.recipe.get("method") if newest else None
     maps = [each.provenance.recipe for image in images for each in image.maps]
     requests = {each.get("method"): each.get("class") for each in reversed(maps)}  # the first
