@@ -151,6 +151,17 @@ def test_odd_patches_are_refused(place: Any) -> None:
         vitviz.similarity(tiny_model(), picture(64, 64), place)
 
 
+def test_what_is_no_model_is_refused() -> None:
+    for model in (5, Path("folder"), b"deit_tiny"):
+        with pytest.raises(OptionError, match="model is .*; give a name"):
+            vitviz.load_model(model)  # type: ignore[arg-type]
+
+
+def test_shape_of_what_is_no_image_is_told() -> None:
+    with pytest.raises(ImageError, match=r"expected \(height, width, 3\).*, and got \(3, 96, 96\)"):
+        vitviz.rollout(tiny_model(), np.zeros((3, 96, 96), np.uint8))
+
+
 def test_pictures_are_told_by_words() -> None:
     options = PictureOptions(colormap="viridis", outliers="show", kinds=("panel",))  # type: ignore[arg-type]
     (drawn,) = vitviz.rollout(tiny_model(), picture(64, 64), pictures=options)

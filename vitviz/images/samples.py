@@ -120,8 +120,9 @@ def _upright(
         with in_our_words():
             rgb, remarks = upright_rgb(image, values, stored)
     except (TypeError, ValueError) as error:
+        found = "" if isinstance(image, Image.Image) else f", and got {np.shape(image)}"
         raise ImageError(
-            f"{name}: expected (height, width, 3) of uint8, or of floats in [0, 1]: {error}"
+            f"{name}: expected (height, width, 3) of uint8, or of floats in [0, 1]{found}: {error}"
         ) from error
     except ImageError as error:
         raise ImageError(f"{name} {error}") from error

@@ -244,6 +244,8 @@ def _built(
             )
         built, layout = _taken(model, device)
         return _worded(built, text), layout
+    if not isinstance(model, str | None):
+        raise OptionError(f"model is {model!r}; give a name, a folder as text, or a model object")
     target = select_device(device)
     file = WeightFile(files.weights) if files.weights else None
     adapter = read_adapter(files.adapter) if files.adapter else None
