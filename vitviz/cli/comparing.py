@@ -11,7 +11,7 @@ from vitviz.cli.explaining import Plan, explain_images
 from vitviz.cli.options import RunOptions
 from vitviz.cli.parameters import EXPLAIN, PICTURES, declare
 from vitviz.methods.comparison import DEFAULT_COLUMNS, Comparison
-from vitviz.methods.table import variants
+from vitviz.methods.table import PUBLISHED, variants
 from vitviz.options import Saved
 
 if TYPE_CHECKING:  # these rooms load torch
@@ -33,8 +33,8 @@ class CompareRun(RunOptions):
             EXPLAIN,
             autocompletion=complete_methods,
             metavar="NAME",
-            help=f"{', '.join(variants())}, with @2 after one for maps twice as fine; repeatable, "
-            "or several with commas between them.",
+            help=f"{', '.join((*variants(), *PUBLISHED))}, with @2 after one for maps twice as "
+            "fine; repeatable, or several with commas between them.",
         ),
     ] = DEFAULT_COLUMNS  # type: ignore[assignment]  # a default must not be mutable
     targets: Annotated[
