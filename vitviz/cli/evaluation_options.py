@@ -37,7 +37,8 @@ class EvaluationRun(SharedOptions):
             metavar="NAME",
             help=f"{', '.join(variants())} (by default all of these that suit the model), or "
             f"{' or '.join(PUBLISHED)} to compare with; @2 after one for maps twice as fine; "
-            "repeatable, or several with commas between them. The baselines random and centre are always there.",
+            "repeatable, or several with commas between them. The baselines random and centre are "
+            "always there.",
             show_default=False,
         ),
     ] = ()  # type: ignore[assignment]  # a default must not be mutable
