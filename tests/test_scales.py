@@ -221,6 +221,11 @@ def test_finer_map_is_muted_and_framed_by_patches() -> None:
     assert framed(made) == [(0, 0)]
 
 
+@pytest.mark.parametrize(("choice", "framed"), [("mark", True), ("mute", True), ("show", False)])
+def test_panel_says_what_frames_mean(choice: str, framed: bool) -> None:
+    assert with_outlier(choice).details.endswith("framed: patches of outlying norm") is framed
+
+
 def test_map_of_nothing_but_outliers_is_drawn_all_the_same() -> None:
     made = replace(with_outlier("mute"), outliers=np.ones((2, 2), dtype=bool))
     assert made.color_bar().high == "8"

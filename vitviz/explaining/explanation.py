@@ -183,7 +183,7 @@ class Explanation:
         if self.is_animated:
             return self._draw_frames(kind)
         if kind is OutputKind.PANEL:
-            return picture_table([self._cells()], title=self.caption, subtitle=self.origin)
+            return picture_table([self._cells()], title=self.caption, subtitle=self.details)
         if len(self.method.axes) == 2:
             drawn = self._draw_map(self.relevance, self.sample.picture, kind)
             return mark(drawn, self._framed(), self.sample.region)
@@ -325,6 +325,12 @@ class Explanation:
     def origin(self) -> str:
         """The file and the model that it is of."""
         return " · ".join(filter(None, (printable(self.source.name), printable(self.model))))
+
+    @property
+    def details(self) -> str:
+        """Its origin, and what the frames on it mean, if there are any."""
+        is_framed = len(self.method.axes) == 2 and self._framed().any()
+        return self.origin + " · framed: patches of outlying norm" * bool(is_framed)
 
     @property
     def caption(self) -> str:
