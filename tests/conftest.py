@@ -16,6 +16,19 @@ from fixtures_io import LABELS, NAME, TIMM_IS_OLD, Shell, save_tiny
 from fixtures_processes import Nursery
 
 _MUCH = 1.25e9  # bytes a worker holds before all its objects, half a second's worth, are looked at
+_GROWN = 5e7  # bytes, by which it may grow until it looks again
+_held = [0.0]  # after the last look
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the large models first, while a worker holds little else."""
+    items.sort(key=lambda item: "pair" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_runtest_logfinish() -> None:
+    """Give memory back before much has piled up: commands leave garbage until a module ends."""
+    if sys.platform == "linux" and _resident_memory() > max(_MUCH, _held[0] + _GROWN):
+        _give_back_memory()
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +112,7 @@ def _give_back_memory() -> None:
     gc.freeze()  # so that later collections pass over what stays
     if is_large and sys.platform == "linux":  # what is free goes back to the system
         ctypes.CDLL(None).malloc_trim(0)
+    _held[0] = _resident_memory()
 
 
 def _resident_memory() -> float:
