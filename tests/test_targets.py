@@ -141,6 +141,7 @@ def _difference_of_maps(case: TinyCase, setting: AnySetting) -> Array:
     return reference(case, setting)[:, :2] - other
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(
     ("mistake", "settings"),
     [
