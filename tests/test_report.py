@@ -157,6 +157,14 @@ def test_failures_of_runs_that_share_a_folder_are_all_kept(tmp_path: Path) -> No
     assert {each.source for each in read_failures(tmp_path)} == {"kept.png", "a.png", "b.png"}
 
 
+def test_folder_that_vanishes_is_made_again_for_failures(tmp_path: Path) -> None:
+    sink = Sink(tmp_path, "rollout")
+    list(sink.watch([failure(_source("a.png"), ImageError("bad"))]))
+    shutil.rmtree(tmp_path / FILES.name)
+    sink.finish()
+    assert [each.source for each in read_failures(tmp_path)] == ["a.png"]
+
+
 def _failed(name: str) -> Failure:
     return Failure(source=name, source_id=source_id(name), method="rollout", error="bad")
 

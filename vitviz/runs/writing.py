@@ -98,16 +98,13 @@ def require_own(path: Path, is_own: Callable[[Path], bool]) -> bool:
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other run is inside for this folder; where locks do not work, do not wait."""
-    if fcntl is None:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # the folder may be gone: it is made again
+            if fcntl is not None:
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def fatal_write_error(folder: Path, error: OutputError, option: str = "--output") -> str | None:
