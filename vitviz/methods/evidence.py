@@ -57,11 +57,8 @@ class Evidence(ClassMethod):
     @classmethod
     def variants(cls) -> Mapping[str, Method]:
         """Return what ``evaluate`` compares of this method, by name."""
-        return {
-            cls.name: cls(),
-            f"{cls.name}-shared": cls(rule=AttentionRule.SHARED),
-            f"{cls.name}-plain": cls(residual=ResidualRule.PLAIN),
-        }
+        made = (cls(), cls(rule=AttentionRule.SHARED), cls(residual=ResidualRule.PLAIN))
+        return {each.title: each for each in made}
 
     @property
     def title(self) -> str:

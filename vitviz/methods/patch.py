@@ -34,8 +34,8 @@ def require_on_grid(option: str, patch: tuple[int, int], grid: tuple[int, int]) 
     """
     if len(patch) != 2:
         raise OptionError(f"{option} is {patch}; give its row and column among the patches")
-    if not all(0 <= place < side for place, side in zip(patch, grid, strict=True)):
+    if not all(0 <= at < side for at, side in zip(patch, grid, strict=True)):
         raise OptionError(
-            f"{option} is {patch[0]},{patch[1]}, but this makes {grid[0]} × {grid[1]} patches; "
+            f"{option} is {place(patch)}, but this makes {grid[0]} × {grid[1]} patches; "
             f"give ROW,COL from 0,0 to {grid[0] - 1},{grid[1] - 1}"
         )

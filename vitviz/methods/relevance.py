@@ -61,7 +61,7 @@ class Relevance(ClassMethod):
     @classmethod
     def variants(cls) -> Mapping[str, Method]:
         """Return what ``evaluate`` compares of this method, by name."""
-        return {cls.name: cls(), f"{cls.name}-classic": cls(classic=True)}
+        return {each.title: each for each in (cls(), cls(classic=True))}
 
     @property
     def title(self) -> str:

@@ -22,7 +22,7 @@ from vitviz.methods.table import METHODS
 from vitviz.options import Fit, PictureOptions, ValueRange
 from vitviz.report.failures import Failure, read_failures
 from vitviz.report.files import FILES, Picture, picture_mark, put_picture
-from vitviz.report.maps import StoredMap, map_id, put_map, read_map, stored_map
+from vitviz.report.maps import StoredMap, is_animated, map_id, put_map, read_map, stored_map
 from vitviz.report.rows import Row, own_tables, rows_in
 from vitviz.runs.provenance import Provenance, is_whole, read_provenance
 
@@ -237,8 +237,7 @@ def _with_numbers(folder: Path, found: FoundMap, sample: ImageSample | None) -> 
     """Keep the numbers of a file or a row for the page, as a run with a report does."""
     provenance, row = found.provenance, found.row
     method = METHODS.get(str(provenance.recipe.get("method")))
-    # Features have no colours of their own, and an animation shows itself.
-    if method is None or provenance.recipe["options"].get("animate"):
+    if method is None or is_animated(provenance):  # features have no colours of their own
         return None
     if row is not None:
         sample = replace(sample or _unseen(row), region=row.region)

@@ -18,7 +18,7 @@ from vitviz.pictures.heat import in_unit
 from vitviz.report.files import FILES, SCRIPT_START, is_own, put
 from vitviz.runs.provenance import Provenance
 
-__all__ = ["StoredMap", "is_drawn", "map_id", "put_map", "read_map", "stored_map"]
+__all__ = ["StoredMap", "is_animated", "is_drawn", "map_id", "put_map", "read_map", "stored_map"]
 
 _LEVELS = 65535  # of a map between its least and its most
 _BETWEEN = ("blocks", "heads")  # axes that the page can choose on
@@ -93,9 +93,14 @@ def map_id(provenance: Provenance) -> str:
     """
     recipe = provenance.recipe
     parts = [provenance.source_id, recipe.get("method"), recipe.get("class")]
-    if animation := recipe.get("options", {}).get("animate"):
-        parts.append(animation)
+    if is_animated(provenance):
+        parts.append(recipe["options"]["animate"])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def is_animated(provenance: Provenance) -> bool:
+    """Tell whether a file is of an animation, which shows itself."""
+    return bool(provenance.recipe.get("options", {}).get("animate"))
 
 
 def is_drawn(explanation: Explanation) -> bool:
