@@ -21,7 +21,13 @@ from vitviz.explaining import samples as explaining
 from vitviz.explaining.explanation import Explanation
 from vitviz.explaining.grids import Explanations
 from vitviz.explaining.grids import grid as grid_of
-from vitviz.explaining.samples import Explained, Failed, images_at_once, input_transform
+from vitviz.explaining.samples import (
+    Explained,
+    Failed,
+    batch_size_of,
+    images_at_once,
+    input_transform,
+)
 from vitviz.images.decoding import read_file
 from vitviz.images.remarks import Tally
 from vitviz.images.samples import ImageSample, load_sample, sample_of
@@ -30,7 +36,7 @@ from vitviz.methods.method import ClassMethod, Method, options_of
 from vitviz.methods.table import METHODS
 from vitviz.models import model as models
 from vitviz.models.model import Model
-from vitviz.options import Convention, Fit, PictureOptions, ValueRange, whole
+from vitviz.options import Convention, Fit, PictureOptions, ValueRange
 from vitviz.python_values import (
     Images,
     Target,
@@ -173,7 +179,6 @@ def explain(
         VitvizError: The options do not fit the model.
     """
     require_inputs(model, images)
-    batch_size = _batch_size(batch_size)
     if errors not in ("raise", "skip"):
         raise OptionError(f"errors is {errors!r}; give 'raise' or 'skip'")
     pictures = pictures or PictureOptions()
@@ -207,15 +212,6 @@ def _maps_of(items: Iterable[_Found], *, skip: bool) -> list[Explanation]:
     tally.tell(warn_of_maps)
     _warn_of_failures(failed)
     return explanations
-
-
-def _batch_size(given: object) -> int | None:
-    """Read a number of images; None leaves it open."""
-    if given is None:
-        return None
-    if (count := whole("batch_size", given)) < 1:
-        raise OptionError(f"batch_size is {count}; give a number from 1 up, or None")
-    return count
 
 
 def _warn_of_failures(failed: Sequence[Failed]) -> None:
@@ -376,7 +372,7 @@ def evaluate(
     """
     options = evaluation_options(
         *(methods, target, versus, Convention(convention)),
-        *(Fit(fit), ValueRange.ensure(value_range), _batch_size(batch_size)),
+        *(Fit(fit), ValueRange.ensure(value_range), batch_size_of(batch_size)),
         *(seed, resamples),
     )
     subjects = subjects_of(model, images, masks, truth)

@@ -34,6 +34,7 @@ __all__ = [
     "Explained",
     "Explainer",
     "Failed",
+    "batch_size_of",
     "explain_samples",
     "images_at_once",
     "input_transform",
@@ -115,7 +116,7 @@ def explain_samples(
     """
     # Checks all before a sample is asked for.
     explainer = Explainer(model, method, pictures, target=target)
-    size = _batch_size(model, batch_size)
+    size = batch_size_of(batch_size) or images_at_once(model)
     batches = AdaptiveBatches(size, warn, copies=method.refine**2)
 
     def explain(tasks: list[_Task]) -> list[Explained | Failed]:
@@ -176,10 +177,17 @@ class _Task:
     class_index: int | None
 
 
-def _batch_size(model: Model, given: int | None) -> int:
-    if given is not None and given < 1:
-        raise OptionError(f"batch_size is {given}; give a number from 1 up, or None")
-    return given or images_at_once(model)
+def batch_size_of(given: object) -> int | None:
+    """Read a number of images; None leaves it open.
+
+    Raises:
+        OptionError: It is no number from 1 up.
+    """
+    if given is None:
+        return None
+    if (count := whole("batch_size", given)) < 1:
+        raise OptionError(f"batch_size is {count}; give a number from 1 up, or None")
+    return count
 
 
 def _beside(
