@@ -86,7 +86,7 @@ class Evidence(ClassMethod):
                 f"--rule is shared, but what shares evidence in {model.name} is not known, since "
                 "it is no plain ViT; use --rule value"
             )
-        if self.rule is AttentionRule.SHARED and own_attention(model.module.modules()):
+        if self.rule is AttentionRule.SHARED and own_attention(model.module):
             raise OptionError(
                 f"--rule is shared, but {model.name} mixes its heads after the softmax (talking "
                 "heads), which hides how much the values contribute; use --rule value"

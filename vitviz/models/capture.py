@@ -92,7 +92,7 @@ class AttentionCapture(ModelCapture):
         self._of_thread.begun, self._of_thread.joining = {}, None
 
     def _hooks(self) -> Iterator[RemovableHandle]:
-        for dropout in own_attention(self._module.modules()):
+        for dropout in own_attention(self._module):
             yield dropout.register_forward_hook(self._record_given)
         for block in self._blocks:
             yield block.register_forward_pre_hook(self._enter_block)
@@ -249,11 +249,12 @@ def output_gradients(records: list[Attention], score: Tensor, *, last: bool) -> 
     return list(torch.autograd.grad(score, outputs, retain_graph=not last))
 
 
-def own_attention(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def own_attention(module: nn.Module) -> list[nn.Module]:
     """List the dropouts that follow attention computed without torch's function (talking heads)."""
-    unfused = [module for module in modules if not hasattr(module, "fused_attn")]
-    dropouts = [getattr(module, "attn_drop", None) for module in unfused]
-    return [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout)]
+    names = [name.rpartition(".") for name, _ in module.named_modules()]
+    parents = [module.get_submodule(parent) for parent, _, name in names if name == "attn_drop"]
+    unfused = [parent.attn_drop for parent in parents if not hasattr(parent, "fused_attn")]
+    return [dropout for dropout in unfused if isinstance(dropout, nn.Dropout)]
 
 
 class _CallMode(TorchFunctionMode):
