@@ -136,9 +136,8 @@ def long_sequence(
         "plain": lambda: plain(module, images),
         "vitviz": lambda: explain_batch(model, images, options),
     }
-    rounds = setting.rounds(3)
-    times = alternate(rounds, **sides)
-    peaks = [(peak(sides["vitviz"]), peak(sides["plain"])) for _ in range(rounds)]
+    times = alternate(setting.rounds(3), **sides)
+    peaks = [(peak(sides["vitviz"]), peak(sides["plain"])) for _ in range(2)]
     label = f"{_described(options)}, 4,097 tokens"
     return Report(
         figures=[

@@ -119,7 +119,7 @@ def evaluation(setting: Setting) -> Report:
     """`evaluate`, all methods ÷ the forward passes that its curves need by their definition."""
     module = build()
     model, images = vitviz.load_model(module), images_for(BATCH)
-    pictures = list(np.random.default_rng(0).integers(0, 256, (4, 224, 224, 3), np.uint8))
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8))
     maps = len(method_names(model, EvaluationOptions()))
     shares = len(PERTURBATIONS[Convention.VITVIZ].shares)
     needed = len(pictures) * (1 + 2 * shares * maps)  # each order of each map; once as it is
@@ -207,7 +207,7 @@ def classic_maps(setting: Setting) -> Report:
 @_row(photographs, weights)
 def classic_commands(setting: Setting) -> Report:
     """The classic way, one process an image ÷ one vitviz command, 50 photographs."""
-    count, timed = 50, 5
+    count, timed = 50, 3
     folder = setting.folder / "fifty"
     chosen = sorted(photographs(setting).iterdir())[:count]
     if not folder.is_dir():
