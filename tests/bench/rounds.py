@@ -13,7 +13,16 @@ from statistics import median
 
 import torch
 
-__all__ = ["MEGABYTE", "Rounds", "alternate", "command", "peak", "peak_so_far", "reset_peak"]
+__all__ = [
+    "MEGABYTE",
+    "Rounds",
+    "allocated",
+    "alternate",
+    "command",
+    "peak",
+    "peak_so_far",
+    "reset_peak",
+]
 
 MEGABYTE = 1e6
 
@@ -97,6 +106,35 @@ def peak_so_far() -> float | None:
         return None
     peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
     return float(peaks[0]) if peaks else None
+
+
+def allocated() -> float | None:
+    """Return what is allocated and not freed in bytes; None where glibc does not tell."""
+    if not (sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallinfo2")):
+        return None
+    libc.mallinfo2.restype = _MallocInfo
+    info = libc.mallinfo2()
+    return float(info.uordblks + info.hblkhd)
+
+
+class _MallocInfo(ctypes.Structure):
+    """What ``mallinfo2`` tells (glibc, malloc.h), in bytes."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",  # allocated by mmap, each for itself
+            "usmblks",
+            "fsmblks",
+            "uordblks",  # allocated in all arenas
+            "fordblks",
+            "keepcost",
+        )
+    ]
 
 
 def _return_free_memory() -> None:
