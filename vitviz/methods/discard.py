@@ -43,7 +43,7 @@ def lowest_kept(rows: Sequence[Tensor], ratio: float, spread: Spread) -> Tensor 
         _order_statistic([array[image] for array in arrays], count, spread)
         for image in range(len(rows[0]))
     ]
-    return rows[0].new_tensor(np.stack(found))[:, None, None]
+    return torch.from_numpy(np.stack(found))[:, None, None]
 
 
 def keep_from(maps: Tensor, lowest: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def keep_from(maps: Tensor, lowest: Tensor) -> Tensor:
     """
     if not _is_on_processor(maps):
         return maps.masked_fill_(maps < lowest, 0)
-    below = torch.nextafter(lowest, lowest.new_tensor(-math.inf)).flatten().tolist()
-    for image, highest_discarded in zip(maps, below, strict=True):
+    below = np.nextafter(lowest.flatten().numpy(), -np.inf)
+    for image, highest_discarded in zip(maps, below.tolist(), strict=True):
         torch.threshold_(image, highest_discarded, 0.0)  # a tenth of the time of a mask
     return maps
 

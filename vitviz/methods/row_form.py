@@ -229,8 +229,8 @@ def _discarding(
 
 def _gather(weights: Tensor, maps: Tensor) -> Tensor:
     """Multiply weights (images, queries) with the mean of maps (images, maps, queries, keys)."""
-    share = (weights / maps.shape[1]).repeat(1, maps.shape[1])
-    return torch.bmm(share.unsqueeze(1), maps.flatten(1, 2)).squeeze(1)
+    share = (weights / maps.shape[1]).unsqueeze(1).expand(-1, maps.shape[1], -1)
+    return torch.bmm(share.reshape(len(maps), 1, -1), maps.flatten(1, 2)).squeeze(1)
 
 
 def _mean(maps: Tensor) -> Tensor:
