@@ -91,8 +91,9 @@ def place_back(maps: list[Tensor], made: list[Shift], refine: int) -> Tensor:
 def _moved_back(cells: Tensor, shift: Shift) -> Tensor:
     """Add each cell (..., rows, cols) to the one that its content came from."""
     for dimension, moved in zip((-2, -1), shift.cells, strict=True):
-        origins = _origins(cells, dimension, moved)
-        cells = torch.zeros_like(cells).index_add_(dimension, origins, cells)
+        if moved:
+            origins = _origins(cells, dimension, moved)
+            cells = torch.zeros_like(cells).index_add_(dimension, origins, cells)
     return cells
 
 
