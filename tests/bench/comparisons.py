@@ -52,7 +52,7 @@ def overhead(
     in_parts = partial(map_parts, tokens=model.layout.tokens)
     floor = {"floor": lambda: in_parts(partial(backward, module), images)} if with_floor else {}
     times = alternate(
-        setting.rounds(9 if name == NAME else 3),
+        setting.rounds(9 if name == NAME else 2),
         plain=lambda: run(images),
         side_by_side=lambda: in_parts(run, images),
         vitviz=lambda: explain_batch(model, images, options),

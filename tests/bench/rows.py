@@ -132,7 +132,7 @@ def evaluation(setting: Setting) -> Report:
     shares = len(PERTURBATIONS[Convention.VITVIZ].shares)
     needed = len(pictures) * (1 + 2 * shares * maps)  # each order of each map; once as it is
     times = alternate(
-        setting.rounds(3),
+        setting.rounds(2),
         plain=lambda: forward(module, images),
         vitviz=lambda: vitviz.evaluate(model, pictures),
     )
@@ -196,7 +196,7 @@ def classic_maps(setting: Setting) -> Report:
     images = images_for(runs.batch_size(model))
     classic_rollout = ClassicRollout(build())
     times = alternate(
-        setting.rounds(11),
+        setting.rounds(7),
         classic=lambda: [classic_rollout(image) for image in images.split(1)],
         vitviz=lambda: explain_batch(model, images, _MAX),
     )
@@ -225,7 +225,7 @@ def classic_commands(setting: Setting) -> Report:
     output = setting.folder / "classic.png"
     script = [sys.executable, classic.__file__]
     times = alternate(
-        setting.rounds(3),
+        setting.rounds(2),
         after=runs.clearing(setting),
         classic=lambda: [
             command(*script, path, weights(setting), output)() for path in chosen[:timed]
@@ -372,7 +372,7 @@ def one_image(setting: Setting) -> Report:
     """One photograph, the whole command ÷ Python that loads the model and runs it once."""
     photograph = min(photographs(setting).iterdir())
     times = alternate(
-        setting.rounds(5),
+        setting.rounds(4),
         after=runs.clearing(setting),
         plain=command(sys.executable, "-c", _PLAIN_COMMAND, weights(setting)),
         vitviz=command(*runs.rollout_command(setting, photograph)),
