@@ -564,6 +564,21 @@ def test_isolation_replaces_a_modules_own_attention_in_its_precision(dtype: torc
     assert torch.equal(output, value)
 
 
+def test_dropout_that_calls_share_is_recorded_once_a_call() -> None:
+    mixing = nn.Module()
+    mixing.dropout = nn.Dropout(0.5)  # a name of its own, before those of the calls
+    mixing.calls = nn.ModuleList([_MixHeads(), _MixHeads()])
+    for call in mixing.calls:
+        call.attn_drop = mixing.dropout
+    attention = _drawn(BATCH, HEADS, TOKENS, TOKENS)
+    value = _drawn(BATCH, HEADS, TOKENS, WIDTH, seed=2)
+    with AttentionCapture(mixing) as capture, torch.no_grad():
+        for call in mixing.calls:
+            call(attention, value)
+        records = capture.take()
+    assert len(records) == 2
+
+
 @pytest.mark.parametrize("first_gradient", [None, 0, 2])
 def test_graph_begins_at_the_first_call_asked_for(first_gradient: int | None) -> None:
     """What comes before holds neither graph nor values: a waste of memory on a large model."""

@@ -251,10 +251,11 @@ def output_gradients(records: list[Attention], score: Tensor, *, last: bool) -> 
 
 def own_attention(module: nn.Module) -> list[nn.Module]:
     """List the dropouts that follow attention computed without torch's function (talking heads)."""
-    names = [name.rpartition(".") for name, _ in module.named_modules()]
+    named = module.named_modules(remove_duplicate=False)  # one dropout may have several names
+    names = [name.rpartition(".") for name, _ in named]
     parents = [module.get_submodule(parent) for parent, _, name in names if name == "attn_drop"]
     unfused = [parent.attn_drop for parent in parents if not hasattr(parent, "fused_attn")]
-    return [dropout for dropout in unfused if isinstance(dropout, nn.Dropout)]
+    return [dropout for dropout in dict.fromkeys(unfused) if isinstance(dropout, nn.Dropout)]
 
 
 class _CallMode(TorchFunctionMode):
