@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -308,30 +308,31 @@ def endurance(setting: Setting) -> Report:
     sources = runs.sources_in(many_photographs(setting))
     late = len(sources) - early  # after it the run winds down
     model = vitviz.load_model(build())
-    peaks, allocations = [], []
+    peaks: list[float] = []
+    allocations: list[float] = []
     if reset_peak():
         results = runs.results(setting, model, sources)
         for part in (islice(results, early), islice(results, late - early), results):
             runs.expect_written(part)
-            peaks.append(peak_so_far())
-            allocations.append(allocated())
+            peaks += _megabytes(peak_so_far())
+            allocations += _megabytes(allocated())
     runs.clearing(setting)()
     return Report(
         figures=[
             Figure(
                 label=f"peak memory after {len(sources):,} images − after {early}",
-                values=_growth(peaks),
+                values=[peaks[-1] - peaks[0]] if peaks else (),
                 unit="MB",
                 goal=Goal(limit=15),
             ),
             Figure(
                 label=f"allocated after {late:,} images − after {early}",
-                values=_growth(allocations[:2]),
+                values=[allocations[1] - allocations[0]] if allocations else (),
                 unit="MB",
                 goal=Goal(limit=5),
             ),
         ],
-        notes={"peaks": peaks, "allocated": allocations},
+        notes={"peaks_mb": peaks, "allocated_mb": allocations},
     )
 
 
@@ -443,10 +444,9 @@ def cuda_folder_overlays(setting: Setting) -> Report:
     return throughput(setting, OutputKind.OVERLAY, device="cuda")
 
 
-def _growth(memory: Sequence[float | None]) -> list[float]:
-    """Return what was added from the first to the last in MB; nothing where that is unknown."""
-    known = [each for each in memory if each is not None]
-    return [(known[-1] - known[0]) / MEGABYTE] if known else []
+def _megabytes(memory: float | None) -> list[float]:
+    """Return one number in MB, or none where it is unknown."""
+    return [] if memory is None else [memory / MEGABYTE]
 
 
 def _grad_cam() -> Callable[..., Any]:
