@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -110,10 +111,11 @@ def peak_so_far() -> float | None:
 
 def allocated() -> float | None:
     """Return what is allocated and not freed in bytes; None where glibc does not tell."""
-    if not (sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallinfo2")):
+    mallinfo2 = _from_libc("mallinfo2")
+    if mallinfo2 is None:
         return None
-    libc.mallinfo2.restype = _MallocInfo
-    info = libc.mallinfo2()
+    mallinfo2.restype = _MallocInfo
+    info = mallinfo2()
     return float(info.uordblks + info.hblkhd)
 
 
@@ -139,8 +141,13 @@ class _MallocInfo(ctypes.Structure):
 
 def _return_free_memory() -> None:
     """Let calls begin alike: what an earlier one has freed must not count for the next."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    if malloc_trim := _from_libc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _from_libc(name: str) -> Any:
+    """Return a function that Linux's C library may have; None where it has none."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _seconds(side: Side) -> float:
