@@ -52,6 +52,7 @@ def _prepare(module: nn.Module) -> ExitStack:
 @contextmanager
 def _switched(owners: Iterable[Any], name: str, value: bool | None) -> Iterator[None]:
     """Set a switch that some objects have and that stands the other way, and set it back."""
+    # Asking a module itself for what it lacks is slow, and most lack most switches.
     having = (owner for owner in owners if name in vars(owner) or hasattr(type(owner), name))
     before = [(owner, getattr(owner, name)) for owner in having]
     others = [(owner, old) for owner, old in before if old is not value]
